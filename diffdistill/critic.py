@@ -1,0 +1,99 @@
+"""Critic: a trainable denoiser that learns the score of the generator's samples, and may also tell them from real data."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.denoiser import Condition, Denoiser, tapped
+from diffdistill.prediction import Prediction
+from diffdistill.process import Process
+
+
+class DiscriminatorHead(nn.Module):
+    """A logit from one or more feature maps: strided convolutions down to one position, averaged over the maps.
+
+    Shape of the head on the 8x8 features of a UNet as in DMD2 (Yin et al. 2024a, appendix): kernel 4 stride 2, then a
+    kernel that covers what is left, each with GroupNorm and SiLU, then 1x1. Features of shape (N, channels) or
+    (N, tokens, channels) get linear layers, and a mean over the tokens.
+
+    Args:
+        shapes: of each feature, without the batch.
+    """
+
+    def __init__(self, shapes: Sequence[Sequence[int]]):
+        super().__init__()
+        self.heads = nn.ModuleList(_convolutional(*shape) if len(shape) == 3 else _linear(shape[-1]) for shape in shapes)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Logits (N,): positive for real."""
+        logits = [head(feature).flatten(1).mean(1) for head, feature in zip(self.heads, features, strict=True)]
+        return torch.stack(logits).mean(0)
+
+
+def _convolutional(channels: int, height: int, width: int) -> nn.Sequential:
+    groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0)
+    layers: list[nn.Module] = []
+    while min(height, width) > 4:
+        layers += [nn.Conv2d(channels, channels, 4, 2, 1), nn.GroupNorm(groups, channels), nn.SiLU()]
+        height, width = height // 2, width // 2
+    layers += [nn.Conv2d(channels, channels, (height, width)), nn.GroupNorm(groups, channels), nn.SiLU()]
+    return nn.Sequential(*layers, nn.Conv2d(channels, 1, 1))
+
+
+def _linear(channels: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(channels, channels), nn.LayerNorm(channels), nn.SiLU(), nn.Linear(channels, 1))
+
+
+class Critic(nn.Module):
+    """The fake score, with an optional discriminator head.
+
+    Args:
+        denoiser: trainable, initialised from the teacher.
+        head: None for none.
+        taps: names of the backbone's submodules whose outputs the head reads.
+        trunk: the denoiser that the head reads; the critic's own, or the frozen teacher's, which then adds no parameters.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        *,
+        head: DiscriminatorHead | None = None,
+        taps: Sequence[str] = (),
+        trunk: Denoiser | None = None,
+    ):
+        super().__init__()
+        self.denoiser, self.head, self.taps = denoiser, head, tuple(taps)
+        self._foreign_trunk = () if trunk is None else (trunk,)  # in a tuple: not a submodule, not trained, not saved
+
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Condition | None = None,
+        *,
+        to: Prediction = Prediction.X0,
+        with_logits: bool = False,
+    ):
+        """The prediction `to`; with_logits=True gives (prediction, logits (N,)) of one pass through the own trunk."""
+        if not with_logits:
+            return self.denoiser(x_t, t, cond, to=to)
+        if self.head is None or self._foreign_trunk:
+            raise ValueError("with_logits needs a head on the critic's own trunk; use Critic.logits")
+        with tapped(self.denoiser.backbone, self.taps) as features:
+            prediction = self.denoiser(x_t, t, cond, to=to)
+        return prediction, self.head(features)
+
+    @property
+    def process(self) -> Process:
+        return self.denoiser.process
+
+    def logits(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
+        """Logits (N,) of x_t being noised real data."""
+        if self.head is None:
+            raise ValueError("this critic has no discriminator head; give it one, or turn the GAN term off")
+        trunk = self._foreign_trunk[0] if self._foreign_trunk else self.denoiser
+        with tapped(trunk.backbone, self.taps) as features:
+            trunk(x_t, t, cond)
+        return self.head(features)

@@ -1,0 +1,78 @@
+"""Generator: a trainable denoiser with the few times at which it is evaluated."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffdistill.denoiser import Condition, Denoiser
+from diffdistill.prediction import Prediction
+from diffdistill.process import Process
+from diffdistill.rng import Rng
+from diffdistill.solvers import SOLVERS, at, solve
+
+STEP_RULES = ("renoise", *SOLVERS)
+
+
+class Generator:
+    """What distillation trains and what is exported.
+
+    Args:
+        denoiser: trainable.
+        grid: the times of its evaluations, strictly descending, in (0, t_max].
+        step_rule: how it gets from one time to the next. "renoise": predict x0, add fresh noise (consistency and
+            DMD sampling). "euler", "ddim", "heun": follow the PF-ODE, and on from the last time to the data.
+    """
+
+    def __init__(self, denoiser: Denoiser, grid: Sequence[float], *, step_rule: str = "renoise"):
+        grid = tuple(float(t) for t in grid)
+        process = denoiser.process
+        if not grid or any(after >= before for before, after in zip(grid, grid[1:], strict=False)):
+            raise ValueError(f"generator.grid must be strictly decreasing, got {grid}; list the largest noise time first")
+        if grid[0] > process.t_max or grid[-1] <= 0:
+            raise ValueError(f"generator.grid must lie in (0, {process.t_max:g}], the times of {process}, got {grid}")
+        if step_rule not in STEP_RULES:
+            raise ValueError(f"generator.step_rule must be one of {', '.join(STEP_RULES)}, got {step_rule!r}")
+        self.denoiser, self.grid, self.step_rule = denoiser, grid, step_rule
+
+    @property
+    def process(self) -> Process:
+        return self.denoiser.process
+
+    def prior(self, rng: Rng) -> Tensor:
+        """Pure noise at the first time of the grid, shape (N, *sample_shape)."""
+        return self.process.prior_std(self.grid[0]) * rng.normal(self.denoiser.sample_shape)
+
+    @torch.no_grad()
+    def sample(self, x: Tensor, cond: Condition | None, rng: Rng) -> Tensor:
+        """Clean samples from the noise x of shape (N, ...): what training simulates, evaluation scores and export
+        reproduces."""
+        if self.step_rule == "renoise":
+            return self.rollout(x, cond, rng, stop=len(self.grid) - 1)
+
+        def predict(x_t: Tensor, t: Tensor, *, to: Prediction) -> Tensor:
+            return self.denoiser(x_t, t, cond, to=to)
+
+        return solve(predict, self.process, x, (*self.grid, 0.0), solver=self.step_rule)
+
+    def rollout(self, x: Tensor, cond: Condition | None, rng: Rng, *, stop: int) -> Tensor:
+        """The prediction of x0 at grid[stop], reached from the noise x by the generator's own steps.
+
+        The steps before `stop` are simulated without gradient; the last evaluation carries it. This is DMD2's backward
+        simulation (Yin et al. 2024a, section 4.5): training sees the inputs that sampling will produce.
+        """
+        with torch.no_grad():
+            for t, r in zip(self.grid[:stop], self.grid[1 : stop + 1], strict=True):
+                x = self._step(x, t, r, cond, rng)
+        return self.denoiser(x, at(self.grid[stop], x), cond)
+
+    def _step(self, x: Tensor, t: float, r: float, cond: Condition | None, rng: Rng) -> Tensor:
+        """The state at r from the state at t."""
+        if self.step_rule == "renoise":
+            x0 = self.denoiser(x, at(t, x), cond)
+            return self.process.perturb(x0, rng.normal(x.shape[1:]), at(r, x))
+
+        def predict(x_t: Tensor, time: Tensor, *, to: Prediction) -> Tensor:
+            return self.denoiser(x_t, time, cond, to=to)
+
+        return solve(predict, self.process, x, (t, r), solver=self.step_rule)

@@ -1,0 +1,60 @@
+"""Losses as pure functions of tensors. Each returns one value per sample, shape (N,), in float32 or higher."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffdistill.denoiser import Condition, Denoiser
+from diffdistill.prediction import Prediction
+from diffdistill.process import lift
+
+
+def full(x: Tensor) -> Tensor:
+    """x in float32, or in float64 where it already is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def inject(x: Tensor, direction: Tensor) -> Tensor:
+    """A loss whose gradient with respect to each sample of x is `direction` divided by the sample's size.
+
+    Its value is that of mean((x - sg[x - direction])^2) / 2, the surrogate of the DMD papers, but its gradient is exact
+    also where |direction| is far below the rounding of x.
+    """
+    direction = full(direction).detach()
+    product = (full(x) * direction).flatten(1).mean(1)
+    return 0.5 * direction.square().flatten(1).mean(1) + product - product.detach()
+
+
+def matching_direction(x: Tensor, x0_real: Tensor, x0_fake: Tensor, *, floor: float) -> Tensor:
+    """DMD's normalised score difference (mu_fake - mu_real) / mean|x - mu_real|, the mean taken per sample.
+
+    The published code has no floor, and maps the infinities that follow to large numbers; here the normaliser is at
+    least `floor`. Source: Yin et al. 2024b (DMD), eq. 7 and 8, in the form of the released code.
+    """
+    x, x0_real, x0_fake = full(x).detach(), full(x0_real).detach(), full(x0_fake).detach()
+    scale = (x - x0_real).abs().flatten(1).mean(1).clamp(min=floor)
+    return (x0_fake - x0_real) / lift(scale, x)
+
+
+def denoising(
+    denoiser: Denoiser, x0: Tensor, eps: Tensor, t: Tensor, cond: Condition | None, *, space: Prediction
+) -> Tensor:
+    """Denoising score matching, the mean squared error of the prediction `space`.
+
+    Each space is a weight on ||mu - x0||^2: 1 for X0, alpha^2 / sigma^2 for EPS, EDM's 1 / sigma^2 + 1 / sigma_data^2
+    for F on VE. All have one optimum.
+    """
+    x_t = denoiser.process.perturb(x0, eps, t)
+    a, b = space.coefficients(t, denoiser.process)
+    target = lift(a, x0) * x0 + lift(b, x0) * eps
+    return (full(denoiser(x_t, t, cond, to=space)) - full(target)).square().flatten(1).mean(1)
+
+
+def gan_generator(logits_fake: Tensor) -> Tensor:
+    """The non-saturating loss softplus(-D(fake)) (Goodfellow et al. 2014)."""
+    return F.softplus(-full(logits_fake))
+
+
+def gan_discriminator(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """softplus(D(fake)) + softplus(-D(real)); at its optimum D is the log ratio of real to fake density."""
+    return F.softplus(full(logits_fake)) + F.softplus(-full(logits_real))

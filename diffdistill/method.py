@@ -1,0 +1,127 @@
+"""The interface between methods and the loop: what a method trains, what it reads, and what happens in one step."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from diffdistill.critic import Critic
+from diffdistill.denoiser import Condition
+from diffdistill.generator import Generator
+from diffdistill.rng import Rng
+from diffdistill.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one stream gives for the slots of a micro-batch; a stream fills the fields it has."""
+
+    x0: Tensor | None = None
+    cond: Condition = field(default_factory=dict)
+    noise: Tensor | None = None
+
+
+Batch = Mapping[str, Sample]  # by name of stream
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One value per sample, shape (N,); the loop averages it over the global batch. Readings are logged, detached."""
+
+    value: Tensor
+    readings: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Term:
+    """A loss that trains one player; its name appears in logs and errors, and keys its randomness."""
+
+    player: str
+    name: str
+    loss: Callable[[Batch, Rng], Loss]
+
+
+@dataclass(frozen=True)
+class Update:
+    """All backward passes in order, then each named player steps once."""
+
+    terms: tuple[Term, ...]
+
+    @property
+    def players(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(term.player for term in self.terms))
+
+
+@dataclass(frozen=True)
+class Action:
+    """A plain act between updates, such as copying weights from one player to another."""
+
+    name: str
+    act: Callable[[Mapping[str, "PlayerSpec"]], None]
+
+
+@dataclass(frozen=True)
+class PlayerSpec:
+    """Something trained: its modules, and its parameters by name (a subset of the modules' for LoRA)."""
+
+    modules: tuple[nn.Module, ...]
+    parameters: Mapping[str, nn.Parameter]
+
+    @staticmethod
+    def of(module: nn.Module) -> "PlayerSpec":
+        """All of a module's parameters."""
+        return PlayerSpec((module,), dict(module.named_parameters()))
+
+
+@dataclass(frozen=True)
+class AverageSpec:
+    """A frozen copy of a player's network that follows it: copy <- decay(step) copy + (1 - decay(step)) player."""
+
+    player: str
+    module: nn.Module
+    decay: Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What a method builds itself from. Each call of a factory gives a network of its own."""
+
+    new_generator: Callable[[], Generator]
+    new_critic: Callable[[], Critic]
+    teacher: Teacher | None = None
+
+
+class Method(ABC):
+    """One paper. Subclasses set the class variables and are listed in `diffdistill.methods.METHODS`.
+
+    Config: a frozen dataclass whose ranges are checked in __post_init__.
+    reference: the paper.
+    needs_teacher: whether `Networks.teacher` must be there.
+    """
+
+    Config: ClassVar[type]
+    reference: ClassVar[str]
+    needs_teacher: ClassVar[bool]
+
+    generator: Generator  # what is sampled, evaluated and exported
+
+    @abstractmethod
+    def __init__(self, config, networks: Networks): ...
+
+    @abstractmethod
+    def players(self) -> Mapping[str, PlayerSpec]:
+        """Everything trained, by name."""
+
+    @abstractmethod
+    def streams(self) -> frozenset[str]:
+        """Names of the data streams that the terms read: images, conditions, pairs."""
+
+    @abstractmethod
+    def plan(self, step: int) -> Sequence[Update | Action]:
+        """What happens in one step, which is one generator update. Pure in `step`."""
+
+    def averages(self) -> Mapping[str, AverageSpec]:
+        """Averaged networks that a loss reads; none unless a method says so."""
+        return {}

@@ -1,0 +1,153 @@
+"""DMD2: distribution matching with two time scales, an optional GAN term, and backward simulation."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from diffdistill.denoiser import Condition
+from diffdistill.losses import denoising, gan_discriminator, gan_generator, inject, matching_direction
+from diffdistill.method import Batch, Loss, Method, Networks, PlayerSpec, Term, Update
+from diffdistill.prediction import Prediction
+from diffdistill.rng import Rng
+from diffdistill.times import TimeSampler, Uniform
+
+
+class DMD2(Method):
+    """Improved Distribution Matching Distillation.
+
+    The generator follows the difference of the critic's and the teacher's denoised images of its noised samples; the
+    critic keeps up with the generator by denoising those samples. Data-free unless the GAN term is on.
+
+    One step is one generator update. With `interleaved` (the released code) the critic takes `ratio` updates a step, the
+    first of them on the very samples of the generator's update; with `alternating` it takes ratio - 1.
+
+    Deviations from the released code: times are continuous where it draws from 1000 levels, and the normaliser has a
+    floor where it maps infinities to large numbers.
+
+    Source: Yin et al. 2024a (DMD2), sections 4.1 to 4.5; Yin et al. 2024b (DMD), eq. 7 and 8.
+    """
+
+    @dataclass(frozen=True)
+    class Config:
+        time_scale: Literal["interleaved", "alternating"] = "interleaved"
+        ratio: int = 5  # iterations per generator update
+        match_times: TimeSampler = field(default_factory=lambda: Uniform(0.02, 0.98))
+        critic_times: TimeSampler = field(default_factory=Uniform)
+        critic_space: Prediction = Prediction.F  # the space whose squared error the critic minimises
+        normaliser_floor: float = 1e-5
+        gan_weight: float = 0.0  # of the generator's GAN term; 3e-3 for ImageNet-64 in the paper's code
+        gan_critic_weight: float = 0.0  # of the discriminator's loss; 1e-2 in the paper's code
+        gan_times: TimeSampler = field(default_factory=Uniform)
+        match_weight: float = 1.0  # 0 leaves the GAN term alone
+
+        def __post_init__(self):
+            if self.ratio < 1:
+                raise ValueError(f"method.ratio must be at least 1, got {self.ratio}")
+            if self.time_scale == "alternating" and self.ratio < 2:
+                raise ValueError("method.ratio must be at least 2 for alternating updates, or the critic never learns")
+            if self.normaliser_floor <= 0:
+                raise ValueError(f"method.normaliser_floor must be positive, got {self.normaliser_floor}")
+            weights = (self.match_weight, self.gan_weight, self.gan_critic_weight)
+            if min(weights) < 0:
+                raise ValueError(f"method weights must not be negative, got {weights} for match, gan and gan_critic")
+            if (self.gan_weight > 0) != (self.gan_critic_weight > 0):
+                raise ValueError(
+                    f"method.gan_weight={self.gan_weight} and method.gan_critic_weight={self.gan_critic_weight} must be "
+                    "both positive (GAN on) or both 0 (off): one without the other trains nothing"
+                )
+            if self.match_weight == 0 and self.gan_weight == 0:
+                raise ValueError("method.match_weight and method.gan_weight are both 0: the generator has no loss")
+
+        @property
+        def uses_gan(self) -> bool:
+            return self.gan_weight > 0
+
+    reference = "Yin et al. 2024, arXiv:2405.14867"
+    needs_teacher = True
+
+    def __init__(self, config: Config, networks: Networks):
+        self.config = config
+        self.teacher = networks.teacher
+        self.generator = networks.new_generator()
+        self.critic = networks.new_critic()
+
+    def players(self) -> Mapping[str, PlayerSpec]:
+        return {"generator": PlayerSpec.of(self.generator.denoiser), "critic": PlayerSpec.of(self.critic)}
+
+    def streams(self) -> frozenset[str]:
+        return frozenset({"conditions", "images"} if self.config.uses_gan else {"conditions"})
+
+    def plan(self, step: int) -> Sequence[Update]:
+        made: list[Tensor] = []  # the generator's samples, for the critic's term of the same update
+
+        def match(batch: Batch, rng: Rng) -> Loss:
+            fake = self._fake(batch["conditions"].cond, rng)
+            made[:] = [fake.detach()]
+            return self._generator_loss(fake, batch["conditions"].cond, rng)
+
+        def fit_made(batch: Batch, rng: Rng) -> Loss:
+            return self._critic_loss(made.pop(), batch, rng)
+
+        generate, fit_new = Term("generator", "match", match), Update((Term("critic", "fit", self._fit),))
+        if self.config.time_scale == "alternating":
+            return (Update((generate,)), *[fit_new] * (self.config.ratio - 1))
+        return (Update((generate, Term("critic", "fit", fit_made))), *[fit_new] * (self.config.ratio - 1))
+
+    def _fake(self, cond: Condition, rng: Rng) -> Tensor:
+        """Samples of the generator, after as many simulated steps as all ranks agree on."""
+        stop = rng.shared.integer(len(self.generator.grid))
+        return self.generator.rollout(self.generator.prior(rng), cond, rng, stop=stop)
+
+    def _fit(self, batch: Batch, rng: Rng) -> Loss:
+        with torch.no_grad():
+            fake = self._fake(batch["conditions"].cond, rng)
+        return self._critic_loss(fake, batch, rng)
+
+    def _generator_loss(self, fake: Tensor, cond: Condition, rng: Rng) -> Loss:
+        config, process = self.config, self.generator.process
+        value, readings = fake.new_zeros(len(fake)), {}
+        if config.match_weight:
+            t, eps = config.match_times(rng.uniform(), process), rng.normal(fake.shape[1:])
+            with torch.no_grad():  # detached: DMD treats both scores as constants
+                x_t = process.perturb(fake, eps, t)
+                x0_real, x0_fake = self.teacher(x_t, t, cond), self.critic(x_t, t, cond)
+            direction = matching_direction(fake, x0_real, x0_fake, floor=config.normaliser_floor)
+            value = value + config.match_weight * inject(fake, direction)
+            readings["direction"] = direction.abs().flatten(1).mean(1)
+        if config.uses_gan:
+            t, eps = config.gan_times(rng.uniform(), process), rng.normal(fake.shape[1:])
+            adversarial = gan_generator(self.critic.logits(process.perturb(fake, eps, t), t, cond))
+            value = value + config.gan_weight * adversarial  # attached: through the frozen trunk to the samples
+            readings["gan"] = adversarial.detach()
+        return Loss(value, readings)
+
+    def _critic_loss(self, fake: Tensor, batch: Batch, rng: Rng) -> Loss:
+        config, process, cond = self.config, self.generator.process, batch["conditions"].cond
+        t, eps = config.critic_times(rng.uniform(), process), rng.normal(fake.shape[1:])
+        value = denoising(self.critic, fake, eps, t, cond, space=config.critic_space)
+        readings = {"score": value.detach()}
+        if config.uses_gan:
+            real = batch["images"]
+            logits_real, logits_fake = self._logits(real.x0, real.cond, fake, cond, rng)
+            discrimination = gan_discriminator(logits_real, logits_fake)
+            value = value + config.gan_critic_weight * discrimination
+            readings |= {
+                "gan": discrimination.detach(),
+                "logit_real": logits_real.detach(),
+                "logit_fake": logits_fake.detach(),
+            }
+        return Loss(value, readings)
+
+    def _logits(
+        self, real: Tensor, real_cond: Condition, fake: Tensor, fake_cond: Condition, rng: Rng
+    ) -> tuple[Tensor, Tensor]:
+        """Logits of real and of fake samples, each (N,), noised at independent times, in one batched call."""
+        process, times = self.generator.process, self.config.gan_times
+        t = torch.cat([times(rng.uniform(), process), times(rng.uniform(), process)])
+        eps = torch.cat([rng.normal(real.shape[1:]), rng.normal(fake.shape[1:])])
+        x_t = process.perturb(torch.cat([real, fake]), eps, t)
+        cond = self.generator.denoiser.backbone.join(real_cond, fake_cond)
+        return self.critic.logits(x_t, t, cond).chunk(2)

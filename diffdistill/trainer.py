@@ -1,0 +1,336 @@
+"""Trainer: the one loop, the same for every method."""
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from tqdm import tqdm
+
+from diffdistill import checkpoint
+from diffdistill.method import Action, Batch, Method, Term, Update
+from diffdistill.player import Average, Player, only
+from diffdistill.rng import Rng
+
+
+class Data(Protocol):
+    """The named streams of a run."""
+
+    def draw(self, rng: Rng) -> Batch:
+        """What every stream gives for the slots of `rng`."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a run is and what happens at which step; an interval of 0 means never."""
+
+    steps: int
+    batch: int
+    accumulate: int = 1
+    log_every: int = 50
+    save_every: int = 1000
+    keep_last: int = 2
+    keep_every: int = 0
+
+
+@dataclass(frozen=True)
+class Every:
+    """Something to do at the top of the loop at every `interval`-th step, and once after the last."""
+
+    interval: int
+    act: Callable[["Trainer", int], Mapping[str, float] | None]
+
+    def due(self, step: int, steps: int) -> bool:
+        return self.interval > 0 and (step % self.interval == 0 or step == steps)
+
+
+class NonFinite(RuntimeError):
+    """A loss or gradient was not finite; the run stopped before the optimizer stepped."""
+
+
+class Trainer:
+    """Runs a method's plan.
+
+    Args:
+        method, players: what happens, and who trains; `players` has the names of method.players().
+        data: the streams that the method reads.
+        accelerator: device, precision, trackers and collectives.
+        seed: of every draw.
+        output: the run's folder.
+        hooks: evaluation and pictures; what they return is logged.
+        dtype: of noise and data; float64 for exact tests.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        players: Mapping[str, Player],
+        data: Data,
+        accelerator: Accelerator,
+        schedule: Schedule,
+        *,
+        seed: int,
+        output: Path,
+        hooks: Sequence[Every] = (),
+        dtype: torch.dtype = torch.float32,
+    ):
+        ranks = accelerator.num_processes
+        if schedule.batch % (ranks * schedule.accumulate):
+            raise ValueError(
+                f"train.batch={schedule.batch} must be divisible by the number of processes ({ranks}) times "
+                f"train.accumulate={schedule.accumulate}; choose a multiple of {ranks * schedule.accumulate}"
+            )
+        self.method, self.players, self.data, self.accelerator = method, players, data, accelerator
+        self.schedule, self.seed, self.output, self.hooks, self.dtype = schedule, seed, Path(output), hooks, dtype
+        self.step, self.attempt = 0, 0
+        for name, spec in method.averages().items():
+            players[spec.player].averages[name] = Average(
+                players[spec.player].parameters, list(spec.module.parameters()), spec.decay
+            )
+        self._readings = Readings(accelerator)
+        self._flags: list[tuple[int, list[str], Tensor, torch.cuda.Event | None]] = []
+        self._stop_signal: int | None = None
+        self._started = time.perf_counter()
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and shows the bar."""
+        return self.accelerator.is_main_process
+
+    def run(self) -> int | None:
+        """Train to the end; the number of the signal that stopped it early, or None.
+
+        Raises:
+            NonFinite: naming step, player and term.
+        """
+        steps = self.schedule.steps
+        bar = tqdm(total=steps, initial=self.step, unit="step", disable=not self.main, dynamic_ncols=True, mininterval=1)
+        first = True
+        with self._signals_noted(), bar:
+            while True:
+                self._top(resumed=first and self.step > 0)
+                first = False
+                if self.step == steps:
+                    return None
+                self.one_step()
+                bar.update()
+                stopped = self._read_flags(behind=1)
+                if stopped:
+                    self._log_if_due()
+                    self.save()
+                    return stopped
+
+    def one_step(self) -> None:
+        """One pass through the method's plan."""
+        checks: list[tuple[str, Tensor]] = []
+        for index, item in enumerate(self.method.plan(self.step)):
+            if isinstance(item, Action):
+                item.act({name: player.spec for name, player in self.players.items()})
+            else:
+                checks += self._update(index, item)
+        self._post_flags(checks)
+        self.step += 1
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step."""
+        self._read_flags(behind=0)
+        state = {
+            "step": self.step,
+            "attempt": self.attempt,
+            "readings": self._readings.state(),
+            "log_bytes": self._log_path.stat().st_size if self.main and self._log_path.exists() else 0,
+        }
+        folder = self.output / "checkpoints" / f"step-{self.step:08d}"
+        checkpoint.save(folder, self.players, state, writes=self.main)
+        if self.main:
+            checkpoint.keep(self.output, last=self.schedule.keep_last, every=self.schedule.keep_every)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self, folder: Path) -> None:
+        """Go on from a checkpoint of this very recipe."""
+        state = checkpoint.load(folder, self.players)
+        self.step, self.attempt = state["step"], state["attempt"]
+        self._readings.load(state["readings"])
+        if self.main and self._log_path.exists():
+            with self._log_path.open("r+b") as file:
+                file.truncate(state["log_bytes"])
+
+    def log(self, kind: str, readings: Mapping[str, float]) -> None:
+        """One JSON line, and the same scalars to the trackers."""
+        if not self.main:
+            return
+        seconds = time.perf_counter() - self._started
+        with self._log_path.open("a") as file:
+            file.write(json.dumps({"kind": kind, "step": self.step, **readings, "seconds": round(seconds, 3)}) + "\n")
+        self.accelerator.log({f"{kind}/{name}": value for name, value in readings.items()}, step=self.step)
+
+    @property
+    def _log_path(self) -> Path:
+        return self.output / "log.jsonl"
+
+    def _top(self, *, resumed: bool) -> None:
+        """What is due before a step: logs, a checkpoint, then the hooks. Resuming re-enters at the hooks."""
+        steps, schedule = self.schedule.steps, self.schedule
+        if not resumed:
+            self._log_if_due()
+            if self.step and schedule.save_every and (self.step % schedule.save_every == 0 or self.step == steps):
+                self.save()
+        for hook in self.hooks:
+            if hook.due(self.step, steps):
+                readings = hook.act(self, self.step)
+                if readings:
+                    self.log("evaluate", readings)
+
+    def _log_if_due(self) -> None:
+        every = self.schedule.log_every
+        if self.step and every and (self.step % every == 0 or self.step == self.schedule.steps):
+            self.log("train", self._readings.flush())
+
+    def _update(self, index: int, update: Update) -> list[tuple[str, Tensor]]:
+        """All backward passes of an update, then the steps; returns what must be finite, by name."""
+        checks: list[tuple[str, Tensor]] = []
+        last_term = {term.player: term for term in update.terms}
+        micros = list(self._micro_batches())
+        for number, slots in enumerate(micros):
+            key = (self.seed, self.attempt, self.step, index)
+            batch = self.data.draw(self._rng((*key, "data"), slots))
+            for term in update.terms:
+                player = self.players[term.player]
+                rng = self._rng((*key, term.player, term.name), slots)
+                player.reduce_on_backward(number == len(micros) - 1 and last_term[term.player] is term)
+                with only(term.player, self.players), self._dropout(rng):
+                    checks.append(self._backward(term, batch, rng))
+        for name in update.players:
+            player = self.players[name]
+            result = player.apply(self.step)
+            self._readings.add(f"{name}/gradient_norm", result["gradient_norm"])
+            checks.append((f"the gradient of player {name}", 1 - result["finite"]))
+        return checks
+
+    def _backward(self, term: Term, batch: Batch, rng: Rng) -> tuple[str, Tensor]:
+        """One term's forward and backward pass."""
+        with self.accelerator.autocast():
+            loss = term.loss(batch, rng)
+        (loss.value.sum() / self.schedule.batch).backward()
+        value = loss.value.detach()
+        self._readings.add(f"{term.player}/{term.name}", value)
+        for name, reading in loss.readings.items():
+            self._readings.add(f"{term.player}/{term.name}/{name}", reading)
+        return f"term {term.name} of player {term.player}", (~value.isfinite()).any().to(torch.float32)
+
+    def _micro_batches(self) -> Iterator[range]:
+        """The slots of this rank, in `accumulate` parts."""
+        per_rank = self.schedule.batch // self.accelerator.num_processes
+        per_micro = per_rank // self.schedule.accumulate
+        start = self.accelerator.process_index * per_rank
+        for first in range(start, start + per_rank, per_micro):
+            yield range(first, first + per_micro)
+
+    def _rng(self, key: tuple, slots: range) -> Rng:
+        return Rng(key, slots, device=self.accelerator.device, dtype=self.dtype)
+
+    @contextmanager
+    def _dropout(self, rng: Rng):
+        """Within the block, dropout masks come from `rng`."""
+        dropouts = [dropout for player in self.players.values() for dropout in player.dropouts]
+        for dropout in dropouts:
+            dropout.rng = rng
+        yield
+        for dropout in dropouts:
+            dropout.rng = None
+
+    def _post_flags(self, checks: list[tuple[str, Tensor]]) -> None:
+        """Send this step's flags towards the host without waiting: one per check, then the signal that came, if any."""
+        names = [name for name, _ in checks]
+        signal_number = torch.tensor(float(self._stop_signal or 0), device=self.accelerator.device)
+        flags = torch.stack([*[flag.float().reshape(()) for _, flag in checks], signal_number])
+        if self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+        event = None
+        if flags.is_cuda:
+            flags = flags.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._flags.append((self.step, names, flags, event))
+
+    def _read_flags(self, *, behind: int) -> int | None:
+        """Look at the flags of all but the newest `behind` steps; the signal that all ranks agree on, if one came."""
+        stopped = None
+        while len(self._flags) > behind:
+            step, names, flags, event = self._flags.pop(0)
+            if event is not None:
+                event.synchronize()
+            values = flags.tolist()
+            bad = [name for name, value in zip(names, values, strict=False) if value]
+            if bad:
+                raise NonFinite(
+                    f"step {step}: {bad[0]} was not finite; nothing was updated since, and the last checkpoint in "
+                    f"{self.output / 'checkpoints'} is good. Lower that player's learning rate, or use precision fp32"
+                )
+            stopped = stopped or (int(values[-1]) or None)
+        return stopped
+
+    @contextmanager
+    def _signals_noted(self):
+        """SIGTERM and Ctrl-C are noted, so that the loop can save and leave; a second one acts at once."""
+
+        def note(number, frame):
+            self._stop_signal = number
+            signal.signal(number, before[number])
+
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number in before:
+            signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Readings:
+    """Running sums of what a step reports, kept on the device until the log interval."""
+
+    def __init__(self, accelerator: Accelerator):
+        self._accelerator = accelerator
+        self._dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Count every number in `values`."""
+        total = values.detach().to(self._dtype).sum()
+        self._sums[name] = self._sums[name] + total if name in self._sums else total
+        self._counts[name] = self._counts.get(name, 0) + values.numel()
+
+    def flush(self) -> dict[str, float]:
+        """The mean of each reading over all ranks since the last flush."""
+        names = list(self._sums)
+        if not names:
+            return {}
+        sums = self._accelerator.reduce(torch.stack([self._sums[name] for name in names])).tolist()
+        ranks = self._accelerator.num_processes
+        means = {name: total / (self._counts[name] * ranks) for name, total in zip(names, sums, strict=True)}
+        self._sums.clear()
+        self._counts.clear()
+        return means
+
+    def state(self) -> list[dict[str, list[float]]]:
+        """The sums and counts of each rank, for a checkpoint."""
+        own = {name: [total.item(), self._counts[name]] for name, total in self._sums.items()}
+        return gather_object([own])
+
+    def load(self, state: Sequence[Mapping[str, list[float]]]) -> None:
+        """Go on from `state`; another number of ranks than it was saved by starts its interval anew."""
+        own = state[self._accelerator.process_index] if len(state) == self._accelerator.num_processes else {}
+        device = self._accelerator.device
+        self._sums = {name: torch.tensor(total, dtype=self._dtype, device=device) for name, (total, _) in own.items()}
+        self._counts = {name: count for name, (_, count) in own.items()}
