@@ -1,4 +1,4 @@
-"""Named streams of data. Each is addressed by slot: what a sample is depends on its slot's draws and on nothing else."""
+"""Named streams of data, addressed by slot: what a sample is depends on its slot's draws and on nothing else."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -68,3 +68,30 @@ class Streams:
 
     def draw(self, rng: Rng) -> Batch:
         return {name: stream.draw(rng.fork(name)) for name, stream in self.streams.items()}
+
+
+def refuse_unfit(batch: Batch, sample_shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Gate 3: refuses a first batch whose samples are not what the network expects.
+
+    Raises:
+        ValueError: another shape or dtype, values that are not finite, or images outside [-1, 1] or nearly constant.
+    """
+    for name, sample in batch.items():
+        x0 = sample.x0
+        if x0 is None:
+            continue
+        if tuple(x0.shape[1:]) != sample_shape or x0.dtype != dtype:
+            raise ValueError(
+                f"stream {name} gives {x0.dtype} samples of shape {tuple(x0.shape[1:])}, but the network takes "
+                f"{dtype} of shape {sample_shape}; choose data or network of one shape"
+            )
+        low, high = x0.min().item(), x0.max().item()
+        if not x0.isfinite().all():
+            raise ValueError(f"stream {name} gives NaN or infinity; look at the data")
+        if x0.ndim == 4 and (low < -1 or high > 1):
+            raise ValueError(f"stream {name} gives images from {low:g} to {high:g}; scale them to [-1, 1]")
+        if x0.ndim == 4 and high - low < 2 / 127.5:
+            raise ValueError(
+                f"stream {name} gives images from {low:g} to {high:g} in a whole batch, where [-1, 1] is the full "
+                "range; files must hold levels 0 to 255, and not 0 to 1"
+            )

@@ -1,0 +1,147 @@
+"""The numbers of one evaluation: generated images against a reference of real ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffdistill.data.image_set import ImageSet
+from diffdistill.evaluation.features import Extractor
+from diffdistill.evaluation.frechet import Moments, frechet_distance, moments
+from diffdistill.evaluation.kid import kernel_distance
+from diffdistill.evaluation.manifold import overlap
+
+CHUNK_IMAGES = 2000
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What generated images are held against.
+
+    Attributes:
+        features: float32 (N, D) of real images, for KID, precision, recall, density and coverage.
+        moments: mean and covariance for the Frechet distance; of the same images, or of a larger set (`with_moments`).
+        content_hash: SHA-256 of the images and the extractor's weights, as hex.
+        extractor_checksum: the extractor that the features come from.
+    """
+
+    features: Tensor
+    moments: Moments
+    content_hash: str
+    extractor_checksum: str
+
+    def with_moments(self, values: Moments) -> Reference:
+        """The same reference with the moments of another set of real images, such as a full training set.
+
+        Raises:
+            ValueError: the number of features differs.
+        """
+        if values.mean.shape != self.features.shape[1:]:
+            raise ValueError(
+                f"the moments have {len(values.mean)} features and the reference {self.features.shape[1]}; "
+                "take both from the same feature extractor"
+            )
+        return dataclasses.replace(self, moments=values)
+
+
+def build_reference(data: ImageSet, extractor: Extractor, *, cache: Path) -> Reference:
+    """The reference of a set of real images, read from the cache or computed and kept there.
+
+    Args:
+        data: at least two images, of the size that the extractor takes.
+        cache: folder for one safetensors file per pair of images and extractor; made when absent.
+    Raises:
+        ValueError: the images do not fit the extractor, or the cached file is damaged.
+    """
+    content_hash = hashlib.sha256(f"{data.content_hash()} {extractor.checksum}".encode()).hexdigest()
+    file = cache / f"reference-{content_hash[:16]}.safetensors"
+    if file.is_file():
+        features = _read_cached(file, content_hash)
+    else:
+        chunks = torch.arange(len(data)).split(CHUNK_IMAGES)
+        features = torch.cat([extractor(data.select(index)[0])[0] for index in chunks])
+        cache.mkdir(parents=True, exist_ok=True)
+        beside = file.with_suffix(f".{os.getpid()}.partial")
+        save_file({"features": features}, str(beside), metadata={"content_hash": content_hash})
+        beside.replace(file)  # a reader, or another process that writes the same, sees a whole file or none
+    return Reference(features, moments(features), content_hash, extractor.checksum)
+
+
+def _read_cached(file: Path, content_hash: str) -> Tensor:
+    try:
+        with safe_open(str(file), "pt") as content:
+            found = (content.metadata() or {}).get("content_hash")
+            features = content.get_tensor("features")
+    except SafetensorError as error:
+        raise ValueError(f"{file} could not be read: {error}; delete it, and it will be computed again") from error
+    if found != content_hash:
+        raise ValueError(f"{file} holds {found} instead of {content_hash}; delete it, and it will be computed again")
+    return features
+
+
+def quantise(images: Tensor) -> Tensor:
+    """Images as a saved PNG would show them: clipped to [-1, 1] and rounded to the 256 levels, still float32.
+
+    Args:
+        images: float (N, C, H, W), finite; 1 is white.
+    Raises:
+        ValueError: a pixel is NaN or infinite.
+    """
+    if not images.isfinite().all():
+        bad = (~images.isfinite()).flatten(1).any(1).sum().item()
+        raise ValueError(f"{bad} of {len(images)} images hold NaN or infinity; the generator has diverged")
+    levels = ((images.float().clamp(-1, 1) + 1) * 127.5).round()
+    return levels / 127.5 - 1
+
+
+def evaluate_images(
+    images: Tensor, labels: Tensor | None, reference: Reference, extractor: Extractor
+) -> dict[str, float | int | str]:
+    """Every metric of a set of generated images.
+
+    Args:
+        images: float (N, 3, H, W) in [-1, 1], N > 3; quantised here as a saved PNG would be.
+        labels: int64 (N,), the class that each image was asked for; None for images made without a class.
+        reference: real images, seen through the same extractor.
+    Returns:
+        frechet_distance, kid, precision, recall (k = 3), density, coverage (k = 5); extractor, num_samples,
+        num_reference (images behind the neighbours and KID), num_moments (images behind the Frechet distance); and
+        class_accuracy, the share of images that the extractor's classifier gives the class asked for, where there are
+        labels and a classifier.
+    Raises:
+        ValueError: another extractor made the reference, a pixel is not finite, or a shape is wrong.
+    """
+    if reference.extractor_checksum != extractor.checksum:
+        raise ValueError(
+            f"the reference was made with the extractor {reference.extractor_checksum[:16]}, and {extractor.name} is "
+            f"{extractor.checksum[:16]}; build the reference again with build_reference"
+        )
+    if labels is not None and (labels.dtype != torch.int64 or labels.shape != images.shape[:1]):
+        raise ValueError(
+            f"labels must be int64 ({len(images)},), one for each image, got {labels.dtype} {tuple(labels.shape)}"
+        )
+    features, logits = extractor(quantise(images))
+    found = overlap(reference.features, features)
+    report = {
+        "frechet_distance": frechet_distance(moments(features), reference.moments),
+        "kid": kernel_distance(reference.features, features),
+        "precision": found.precision,
+        "recall": found.recall,
+        "density": found.density,
+        "coverage": found.coverage,
+        "extractor": extractor.name,
+        "num_samples": len(images),
+        "num_reference": len(reference.features),
+        "num_moments": reference.moments.count,
+    }
+    if labels is not None and logits is not None:
+        report["class_accuracy"] = (logits.argmax(1) == labels.cpu()).double().mean().item()
+    return report
