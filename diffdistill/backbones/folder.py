@@ -1,6 +1,5 @@
-"""A denoiser's folder: `denoiser.json` says what the network means, `network/` holds it."""
+"""Networks on disk: `denoiser.json` says what a network means, `network/` holds it; and what diffusers itself wrote."""
 
-import dataclasses
 import importlib
 import json
 from collections.abc import Mapping
@@ -8,57 +7,194 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diffdistill.backbones.diffusers import FAMILIES, DiffusersBackbone
 from diffdistill.backbones.mlp import MLP
+from diffdistill.backbones.scheduler import meaning
 from diffdistill.denoiser import Backbone
 
 MEANING, NETWORK = "denoiser.json", "network"
+COMPONENTS = ("unet", "transformer")  # names that pipelines give to their network
 
 
 def make_backbone(name: str, options: Mapping[str, Any], *, null_label: int | None, checkpointing: bool) -> Backbone:
-    """A network of random weights: MLP, or any diffusers class with a family."""
+    """A network of random weights: MLP, or any diffusers class with a family.
+
+    Raises:
+        ValueError: the class or an option is unknown, or the options do not go together.
+    """
+    kind = MLP if name == "MLP" else _diffusers_class(name, "network.name")
+    try:
+        network = kind(**options)
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"network.options do not make a {name}: {error}") from error
     if name == "MLP":
-        return MLP(**options)
-    if name not in FAMILIES:
-        raise ValueError(f"network.name={name!r} is unknown; known are MLP, {', '.join(FAMILIES)}")
-    network = getattr(importlib.import_module("diffusers"), name)(**options)
+        return network
     return DiffusersBackbone(network, null_label=null_label, gradient_checkpointing=checkpointing)
 
 
 def read_backbone(folder: Path, *, null_label: int | None, checkpointing: bool) -> Backbone:
-    """A network in diffusers' format, or an MLP in ours, in float32."""
-    config = json.loads((folder / "config.json").read_text())
+    """A network in diffusers' format, or an MLP in ours, in float32.
+
+    Raises:
+        ValueError: a file is missing or damaged, or the weights are not those of the config.
+    """
+    config = _read_json(folder / "config.json", "give a folder with a network in diffusers' format")
     name = config.get("_class_name")
     if name == "MLP":
-        backbone = MLP(**{key: value for key, value in config.items() if key != "_class_name"})
-        backbone.load_state_dict(load_file(folder / "weights.safetensors"))
-        return backbone
-    if name not in FAMILIES:
-        raise ValueError(f"{folder / 'config.json'} is a {name}; known are MLP, {', '.join(FAMILIES)}")
-    kind = getattr(importlib.import_module("diffusers"), name)
+        return _read_mlp(folder, config)
+    kind = _diffusers_class(name, str(folder / "config.json"))
+    if not list(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"there are no safetensors weights in {folder}; if it has pickled ones (.bin), load them with diffusers "
+            "where you trust them, and write them again with save_pretrained(..., safe_serialization=True)"
+        )
     variant = "fp16" if list(folder.glob("*.fp16.safetensors")) else None
-    network = kind.from_pretrained(folder, variant=variant, torch_dtype=torch.float32, use_safetensors=True)
+    from diffusers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its warnings about weights are an error below, in one line
+    try:
+        network, report = kind.from_pretrained(
+            folder,
+            variant=variant,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=False,  # the fast path reports missing weights in another way for each kind of mistake
+            ignore_mismatched_sizes=True,  # so that they are in the report, and refused below
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"the weights in {folder} could not be read: {first}; restore the folder") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    wrong = {kind: entries for kind, entries in report.items() if entries}
+    if wrong:
+        raise ValueError(
+            f"the weights in {folder} are not those of its config.json: {_summary(wrong)}; restore the folder, or give "
+            "the config that belongs to them"
+        )
+    for tensor in (*network.parameters(), *network.buffers()):
+        # Weights mapped from a file start anywhere, and unaligned ones give other last bits than the same weights do
+        # after training or resuming (1e-6 through a small UNet).
+        tensor.data = tensor.data.clone()
     return DiffusersBackbone(network, null_label=null_label, gradient_checkpointing=checkpointing)
+
+
+def read_diffusers(
+    path_or_name: str | Path, *, null_label: int | None = None, checkpointing: bool = False
+) -> tuple[Backbone, dict[str, Any] | None]:
+    """A network that diffusers wrote, in float32, and what its scheduler says that it means.
+
+    Args:
+        path_or_name: a pipeline's folder (model_index.json), a network's (config.json), or the name of a pipeline on
+            the Hugging Face hub, which is downloaded to its cache.
+        null_label: the label of a UNet that was trained as "no class"; no file says so.
+    Returns:
+        The backbone, and the plain data of a DenoiserConfig; None for a network's folder, which has no scheduler.
+    Raises:
+        ValueError: nothing readable is there, or the scheduler says something that a denoiser here cannot mean.
+    """
+    folder = Path(path_or_name)
+    if not folder.is_dir():
+        folder = _download(str(path_or_name))
+    if not (folder / "model_index.json").is_file():
+        return read_backbone(folder, null_label=null_label, checkpointing=checkpointing), None
+    index = _read_json(folder / "model_index.json", "give a pipeline's folder")
+    networks = [name for name in COMPONENTS if name in index]
+    if not networks:
+        raise ValueError(f"{folder / 'model_index.json'} names no {' or '.join(COMPONENTS)}; give a diffusion pipeline")
+    config = _read_json(folder / "scheduler" / "scheduler_config.json", "give a pipeline that was saved whole")
+    try:
+        said = meaning(config)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'scheduler' / 'scheduler_config.json'}: {error}") from error
+    said["null_label"] = -1 if null_label is None else null_label
+    return read_backbone(folder / networks[0], null_label=null_label, checkpointing=checkpointing), said
 
 
 def write_backbone(backbone: Backbone, folder: Path, *, half: bool) -> None:
     """The network in diffusers' format, or an MLP in ours; half: as fp16."""
+    folder.mkdir(parents=True, exist_ok=True)
     if isinstance(backbone, MLP):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps({"_class_name": "MLP", **backbone.options}, indent=1))
-        save_file(backbone.state_dict(), folder / "weights.safetensors")
+        (folder / "config.json").write_text(json.dumps({"_class_name": "MLP", **backbone.options}, indent=1) + "\n")
+        save_file(_weights(backbone, half), folder / "weights.safetensors")
         return
     network: nn.Module = backbone.network
-    if half:
-        with_half = type(network).from_config(network.config).half()
-        with_half.load_state_dict(network.state_dict())
-        network = with_half
-    network.save_pretrained(folder, variant="fp16" if half else None, safe_serialization=True)
+    network.save_config(folder)
+    name = "diffusion_pytorch_model.fp16.safetensors" if half else "diffusion_pytorch_model.safetensors"
+    save_file(_weights(network, half), folder / name, metadata={"format": "pt"})
 
 
 def read_meaning(folder: Path) -> dict:
     """The plain data of `denoiser.json`."""
     return json.loads((folder / MEANING).read_text())
+
+
+def _weights(module: nn.Module, half: bool) -> dict[str, torch.Tensor]:
+    """The module's state on the CPU, its floating-point tensors in fp16 if `half`.
+
+    Raises:
+        ValueError: a weight is beyond fp16's range.
+    """
+    state = {}
+    for name, tensor in module.state_dict().items():
+        tensor = tensor.detach().cpu()
+        if half and tensor.is_floating_point():
+            rounded = tensor.half()
+            if not rounded.isfinite().all() and tensor.isfinite().all():
+                raise ValueError(f"{name} has values beyond fp16's range of 65504; write float32 weights instead")
+            tensor = rounded
+        state[name] = tensor.contiguous()
+    return state
+
+
+def _read_mlp(folder: Path, config: Mapping[str, Any]) -> MLP:
+    try:
+        backbone = MLP(**{key: value for key, value in config.items() if key != "_class_name"})
+        weights = load_file(folder / "weights.safetensors")
+        backbone.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    except (OSError, RuntimeError, TypeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        file = folder / "weights.safetensors"
+        raise ValueError(f"{file} and its config.json could not be read: {reason}; restore the folder") from error
+    return backbone
+
+
+def _read_json(file: Path, way_out: str) -> dict[str, Any]:
+    if not file.is_file():
+        raise ValueError(f"there is no {file}; {way_out}")
+    try:
+        return json.loads(file.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} is damaged ({error}); restore it") from error
+
+
+def _diffusers_class(name: Any, where: str) -> type[nn.Module]:
+    if name not in FAMILIES:
+        raise ValueError(f"{where}={name!r} is not a known network; known are MLP, {', '.join(FAMILIES)}")
+    return getattr(importlib.import_module("diffusers"), name)
+
+
+def _summary(report: Mapping[str, Any]) -> str:
+    """A loading report in one line, e.g. `2 missing_keys, first conv_in.weight`."""
+    return "; ".join(f"{len(entries)} {kind}, first {entries[0]}" for kind, entries in report.items())
+
+
+def _download(name: str) -> Path:
+    """The snapshot of a pipeline on the hub: index, network and scheduler, safetensors only."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    wanted = [f"{part}/*.{kind}" for part in (*COMPONENTS, "scheduler") for kind in ("json", "safetensors")]
+    try:
+        return Path(snapshot_download(name, allow_patterns=["model_index.json", "config.json", *wanted]))
+    except (HFValidationError, OSError) as error:  # what the hub and the network answer are OSErrors
+        raise ValueError(
+            f"{name!r} is neither a folder nor a pipeline that the hub gave: {str(error).strip().splitlines()[0]}"
+        ) from error

@@ -1,0 +1,130 @@
+"""Write a generator as a stock pipeline, reopen it, compare, and only then give it its name."""
+
+import contextlib
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffdistill.export.card import card
+from diffdistill.export.compare import compare
+from diffdistill.export.exporters import find
+from diffdistill.export.stock import request
+from diffdistill.generator import Generator
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written.
+
+    Args:
+        folder: where.
+        pipeline, scheduler: the classes of diffusers.
+        call: arguments of every call of the pipeline, beside labels, batch size and generator.
+        difference: the largest absolute difference of its samples from the generator's, in float32, before clamping.
+    """
+
+    folder: Path
+    pipeline: str
+    scheduler: str
+    call: dict[str, Any]
+    difference: float
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        call = ", ".join(f"{name}={value!r}" for name, value in self.call.items())
+        return (
+            f"{self.folder}: {self.pipeline}({call}) with {self.scheduler}; "
+            f"maximum absolute difference from the generator {self.difference:.1e}"
+        )
+
+
+def export(
+    generator: Generator,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    vae: nn.Module | None = None,
+    tolerance: float = 1e-5,
+    replace: bool = False,
+) -> Report:
+    """Write `generator` as a stock diffusers pipeline that reproduces `Generator.sample`.
+
+    The folder is written beside, reopened with `DiffusionPipeline.from_pretrained`, run, compared and then renamed; an
+    export that fails leaves nothing.
+
+    Args:
+        folder: a path that does not exist yet.
+        dtype: of the weights on disk. The comparison runs in float32, on weights rounded to `dtype` on both sides.
+        vae: an AutoencoderKL, for latent generators.
+        tolerance: the largest absolute difference allowed.
+        replace: put the new folder in the place of an existing export.
+    Raises:
+        Refusal: no stock class expresses the generator; the message has the reasons and alternatives.
+        ValueError: the folder exists, or the difference is too large.
+    """
+    from diffusers import DiffusionPipeline
+
+    folder = Path(folder)
+    _require_free(folder, replace)
+    asked = request(generator, vae, dtype)
+    stock = find(asked)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        nn.Module.to(asked.network, dtype)  # diffusers' own `to` warns about modules that this call does not concern
+        stock.pipeline.save_pretrained(beside, safe_serialization=True)
+        with _quiet():
+            reopened = DiffusionPipeline.from_pretrained(beside, dtype=torch.float32)
+        if type(reopened) is not type(stock.pipeline):
+            raise RuntimeError(f"{beside} reopened as {type(reopened)}, not as {type(stock.pipeline)}")
+        difference = compare(stock, reopened, asked.generator)
+        if not difference < tolerance:  # NaN fails too
+            raise ValueError(
+                f"{type(reopened).__name__} differs from the generator by {difference:.2e}, and {tolerance:.0e} is "
+                "allowed; nothing was written. A network that predicts eps has its rounding errors divided by alpha at "
+                "the first time: if that is the cause, use a v or x0 prediction, or export with a larger tolerance"
+            )
+        text = card(stock, num_classes=asked.num_classes, num_steps=len(asked.grid), difference=difference)
+        (beside / "README.md").write_text(text)
+        beside.chmod(0o755)  # temporary folders are private
+        if folder.exists():
+            shutil.rmtree(folder)
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return Report(
+        folder,
+        type(stock.pipeline).__name__,
+        type(stock.pipeline.scheduler).__name__,
+        dict(stock.call),
+        difference,
+        stock.notes,
+    )
+
+
+def _require_free(folder: Path, replace: bool) -> None:
+    if not folder.exists():
+        return
+    if not replace:
+        raise ValueError(f"{folder} exists; choose another folder, or replace=True for an earlier export")
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{folder} exists and is no pipeline folder, so it is not replaced; choose another folder")
+
+
+@contextlib.contextmanager
+def _quiet():
+    """No progress bar for a folder that opens in a second."""
+    from diffusers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
