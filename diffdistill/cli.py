@@ -1,31 +1,200 @@
-"""The command line: train | sample | evaluate | export | check."""
+"""The command line: train | sample | evaluate | export | check | methods. The only file that reads the environment.
+
+Exit status: 0 fine; 2 a mistake of the user, told in one line; 1 a run that had to stop; 130 and 143 after Ctrl-C and
+SIGTERM.
+"""
 
 import argparse
+import json
+import os
 import sys
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 
-def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(prog="diffdistill")
-    commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train")
-    train.add_argument("config", type=Path)
-    train.add_argument("overrides", nargs="*")
-    options = parser.parse_args(arguments)
-    return _train(options)
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaint is one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
-def _train(options) -> int:
-    from diffdistill import build, checkpoint
-    from diffdistill.config import load
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit status."""
+    options = parser().parse_args(arguments)
+    from diffdistill.api import Stopped
+    from diffdistill.build import OutOfMemory
+    from diffdistill.trainer import NonFinite
 
-    config, recipe = load(options.config, options.overrides)
-    Path(config.output).mkdir(parents=True, exist_ok=True)
-    trainer = build.trainer(config, recipe)
-    folder = checkpoint.latest(Path(config.output))
-    if folder:
-        trainer.resume(folder)
-    return trainer.run() or 0
+    try:
+        options.act(options)
+        return 0
+    except Stopped as stop:
+        return _tell(stop, 128 + stop.number)
+    except KeyboardInterrupt:
+        return _tell("stopped at once; what was saved before is whole, and the same command goes on from it", 130)
+    except (NonFinite, OutOfMemory) as error:
+        return _tell(error, 1)
+    except (ValueError, OSError) as error:
+        if options.debug:
+            raise
+        return _tell(error, 2)
+
+
+def _tell(message: object, status: int) -> int:
+    rank = os.environ.get("RANK", "0")  # set by torchrun
+    where = "" if rank == "0" else f" (process {rank})"
+    print(f"diffdistill{where}: {' '.join(str(message).split())}", file=sys.stderr)
+    return status
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    top = Parser(prog="diffdistill", description="Distill a diffusion or flow model into one to four steps.")
+    top.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    def command(name: str, act, summary: str, *examples: str) -> argparse.ArgumentParser:
+        lines = "example:\n" + textwrap.indent("\n".join(examples), "  ")
+        made = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=lines,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made.set_defaults(act=act)
+        return made
+
+    train = command(
+        "train",
+        _train,
+        "Run an experiment, or go on with it where it was stopped.",
+        "diffdistill train configs/fashion/dmd2.yaml train.steps=500 output=runs/short",
+        "torchrun --nproc-per-node 2 -m diffdistill train configs/fashion/dmd2.yaml",
+    )
+    check = command(
+        "check",
+        _check,
+        "Validate an experiment and plan its memory, without reading weights.",
+        "diffdistill check configs/fashion/dmd2.yaml --run",
+    )
+    check.add_argument("--run", action="store_true", help="also build everything, and try every update of a few steps")
+    for part in (train, check):
+        part.add_argument("config", type=Path, help="a YAML file; configs/ holds examples")
+        part.add_argument("overrides", nargs="*", metavar="key=value", help="replaces what the file says")
+
+    sample = command(
+        "sample",
+        _sample,
+        "Write a picture of samples.",
+        "diffdistill sample runs/fashion-dmd2 --out samples.png --count 40",
+        "diffdistill sample checkpoints/fashion-edm --out teacher.png --teacher-steps 18",
+    )
+    sample.add_argument("--out", type=Path, required=True, metavar="PNG")
+    sample.add_argument("--count", type=int, default=40)
+    sample.add_argument("--columns", type=int, default=10)
+    sample.add_argument("--scale", type=int, default=2, help="pixels of the picture per pixel of a sample")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--label", type=int, help="one class for all; otherwise they take turns")
+    evaluate = command(
+        "evaluate",
+        _evaluate,
+        "Measure samples against real images.",
+        "diffdistill evaluate runs/fashion-dmd2 evaluate.features=checkpoints/fashion-features",
+        "diffdistill evaluate checkpoints/fashion-edm data.name=fashion_mnist "
+        "evaluate.features=checkpoints/fashion-features evaluate.cache=cache",
+    )
+    evaluate.add_argument("--out", type=Path, metavar="JSON", help="also write the numbers there")
+    export = command(
+        "export",
+        _export,
+        "Write a run for others to read: a stock diffusers pipeline, or a teacher for the next run.",
+        "diffdistill export runs/fashion-dmd2 --out my-pipeline",
+        "diffdistill export runs/fashion-teacher --as denoiser --weights power --half --out checkpoints/fashion-edm",
+    )
+    export.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    export.add_argument("--as", dest="kind", choices=("pipeline", "denoiser"), default="pipeline")
+    export.add_argument("--replace", action="store_true", help="put it in the place of an earlier export")
+    export.add_argument("--half", action="store_true", help="weights in float16")
+    for part in (sample, evaluate, export):
+        part.add_argument("source", type=Path, metavar="RUN|FOLDER", help="output of train, or a denoiser's folder")
+        part.add_argument(
+            "--weights", default="", metavar="raw|AVERAGE", help="of a run; its first average, if it has one"
+        )
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="keys of evaluate and data")
+    for part in (sample, evaluate):
+        part.add_argument("--teacher-steps", type=int, default=0, help="the teacher in so many steps, not the student")
+        part.add_argument("--device", default="cpu", choices=("cpu", "cuda", "mps"))
+
+    command("methods", _methods, "List the methods.", "diffdistill methods")
+    return top
+
+
+def _train(options: argparse.Namespace) -> None:
+    from diffdistill.api import distill
+
+    distill(options.config, options.overrides, wandb_mode=os.environ.get("WANDB_MODE", "offline"))
+
+
+def _check(options: argparse.Namespace) -> None:
+    from diffdistill.api import check
+
+    print(check(options.config, options.overrides, run_steps=options.run))
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from diffdistill.api import sample
+    from diffdistill.hooks import write_grid
+
+    samples, _ = sample(
+        options.source,
+        options.count,
+        seed=options.seed,
+        labels=None if options.label is None else [options.label] * options.count,
+        weights=options.weights,
+        teacher_steps=options.teacher_steps,
+        device=options.device,
+    )
+    write_grid(samples, options.out, columns=options.columns, scale=options.scale)
+    print(f"{len(samples)} samples in {options.out}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from diffdistill.api import evaluate
+    from diffdistill.config import sections
+
+    given = sections(options.overrides, ("data", "evaluate"))
+    found = evaluate(
+        options.source,
+        weights=options.weights,
+        teacher_steps=options.teacher_steps,
+        data=given["data"] or None,
+        settings=given["evaluate"],
+        device=options.device,
+    )
+    width = max(len(name) for name in found)
+    for name, value in found.items():
+        print(f"{name:<{width}}  {value:.6g}" if isinstance(value, float) else f"{name:<{width}}  {value}")
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from diffdistill import api
+
+    write = {"pipeline": api.export, "denoiser": api.export_denoiser}[options.kind]
+    print(write(options.source, options.out, weights=options.weights, half=options.half, replace=options.replace))
+
+
+def _methods(options: argparse.Namespace) -> None:
+    from diffdistill.methods import METHODS
+
+    for name, kind in METHODS.items():
+        needs = "a teacher" if kind.needs_teacher else "real images, no teacher"
+        print(f"{name:<12}{kind.reference}\n{'':<12}needs {needs}")
 
 
 if __name__ == "__main__":

@@ -6,14 +6,18 @@ the way out.
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
+from yaml import YAMLError
+
+from diffdistill.denoiser import CLOCKS
 from diffdistill.generator import STEP_RULES
 from diffdistill.methods import METHODS
 from diffdistill.player import ConstantDecay, PowerDecay
@@ -22,35 +26,76 @@ from diffdistill.times import TIME_SAMPLERS, TimeSampler
 
 
 class ConfigError(ValueError):
-    """A mistake in a configuration; the message is for its author."""
+    """A mistake in a configuration or in how a command was called; the message is for its author."""
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{name} must be positive, got {getattr(config, name)}")
+
+
+def _not_negative(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} must not be negative, got {getattr(config, name)}; 0 turns it off")
 
 
 @dataclass(frozen=True)
 class VPConfig:
+    """A DDPM table; index n of the table is t = n + 1."""
+
     table: Literal["linear", "scaled_linear", "cosine"] = "linear"
     steps: int = 1000
     beta_start: float = 0.0  # 0: the table's own
-    beta_end: float = 0.0
-    sigma_data: float = 1.0
+    beta_end: float = 0.0  # 0: the table's own
+    betas: tuple[float, ...] = ()  # the whole table, in place of all of the above; empty: none
+    zero_snr: bool = False  # rescaled to end at pure noise (Lin et al. 2024)
+    sigma_data: float = 1.0  # standard deviation of the data
+
+    def __post_init__(self):
+        _positive(self, "steps", "sigma_data")
+        _not_negative(self, "beta_start", "beta_end")
+        if self.betas and (self.beta_start or self.beta_end):
+            raise ValueError(
+                "betas is a whole table, so beta_start and beta_end have no meaning beside it; leave them out"
+            )
 
 
 @dataclass(frozen=True)
 class VEConfig:
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
+    """x_t = x0 + t eps, as in EDM."""
+
+    sigma_min: float = 0.002  # the last noise level of the customary grid
+    sigma_max: float = 80.0  # t_max
+    rho: float = 7.0  # how much the customary grid crowds towards the data
     sigma_data: float = 0.5
+
+    def __post_init__(self):
+        _positive(self, "sigma_min", "rho", "sigma_data")
+        if self.sigma_max <= self.sigma_min:
+            raise ValueError(f"sigma_max must be above sigma_min={self.sigma_min}, got {self.sigma_max}")
 
 
 @dataclass(frozen=True)
 class RectifiedConfig:
-    shift: float = 1.0
+    """x_t = (1 - t) x0 + t eps: rectified flow and flow matching."""
+
+    shift: float = 1.0  # above 1, the customary grid spends more steps near the noise
     sigma_data: float = 1.0
+
+    def __post_init__(self):
+        _positive(self, "shift", "sigma_data")
 
 
 @dataclass(frozen=True)
 class TrigConfig:
+    """x_t = cos(t) x0 + sin(t) eps."""
+
     sigma_data: float = 1.0
+
+    def __post_init__(self):
+        _positive(self, "sigma_data")
 
 
 ProcessConfig = VPConfig | VEConfig | RectifiedConfig | TrigConfig
@@ -58,78 +103,116 @@ ProcessConfig = VPConfig | VEConfig | RectifiedConfig | TrigConfig
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """A network made anew: the class's name, and its constructor's options."""
+    """A network made anew."""
 
-    name: str
-    options: dict = field(default_factory=dict)
+    name: str  # MLP, or a diffusers class with a family in backbones/
+    options: dict = field(default_factory=dict)  # of its constructor
 
 
 @dataclass(frozen=True)
 class DenoiserConfig:
     """What a network's inputs, clock and output mean; as `denoiser.json` it lies beside the weights."""
 
-    process: ProcessConfig
-    prediction: Prediction
-    clock: Literal["steps", "edm", "thousand", "log_ratio"]
-    scale_input: bool = False
+    process: ProcessConfig  # that the network was, or will be, trained in
+    prediction: Prediction  # what its output means
+    clock: Literal[tuple(CLOCKS)]  # what it is told about t
+    scale_input: bool = False  # feed it x_t / sqrt(alpha^2 sigma_data^2 + sigma^2), as EDM does
     null_label: int = -1  # of a UNet whose last label means "no class"; -1: none
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    path: str  # a folder written by diffdistill, or a diffusers pipeline or network
-    guidance: float = 1.0
+    path: str  # a folder written by diffdistill, a diffusers pipeline's or network's, or hub:owner/name
+    guidance: float = 1.0  # w of u + w (c - u); 1 is none
     denoiser: DenoiserConfig | None = None  # for a diffusers folder whose scheduler does not say it all
 
 
 @dataclass(frozen=True)
+class StepsConfig:
+    """The customary grid of the process with this many times."""
+
+    steps: int
+
+    def __post_init__(self):
+        _positive(self, "steps")
+
+
+@dataclass(frozen=True)
 class GeneratorConfig:
-    grid: tuple[float, ...]  # times of its evaluations, descending; in the generator's process
-    step_rule: Literal[STEP_RULES] = "renoise"
-    denoiser: DenoiserConfig | None = None  # for a generator made anew; else it starts as the teacher
-    network: NetworkConfig | None = None
-    init_from: str = ""  # weights of another run's checkpoint or folder, for a new recipe
+    grid: tuple[float, ...] | StepsConfig  # times of its evaluations, descending, in its process; or {steps: 18}
+    step_rule: Literal[STEP_RULES] = "renoise"  # how it gets from one time to the next
+    denoiser: DenoiserConfig | None = None  # what `network` means; exactly when `network` is given
+    network: NetworkConfig | None = None  # a network made anew, e.g. a smaller student; else it starts as the teacher
+    init_from: str = ""  # a run, a checkpoint, or a denoiser's folder: its weights, for a new recipe
+    init_weights: str = "raw"  # of a run or checkpoint: raw, or the name of one of its averages
+
+    def __post_init__(self):
+        if (self.network is None) != (self.denoiser is None):
+            given, lacking = ("network", "denoiser") if self.denoiser is None else ("denoiser", "network")
+            raise ValueError(
+                f"{given} is given without {lacking}; a network made anew needs both, one like the teacher neither"
+            )
+        if isinstance(self.grid, StepsConfig):
+            return
+        if not self.grid or any(after >= before for before, after in zip(self.grid, self.grid[1:], strict=False)):
+            raise ValueError(
+                f"grid must be strictly decreasing, got {list(self.grid)}; list the largest noise time first"
+            )
+        if self.grid[-1] <= 0:
+            raise ValueError(f"grid must lie in (0, t_max], got {list(self.grid)}; leave out the time of the data")
 
 
 @dataclass(frozen=True)
 class CriticConfig:
     taps: tuple[str, ...] = ("mid_block",)  # modules whose outputs the discriminator reads
-    trunk: Literal["critic", "teacher"] = "critic"
+    trunk: Literal["critic", "teacher"] = "critic"  # whose modules they are
+
+    def __post_init__(self):
+        if not self.taps:
+            raise ValueError("taps must name at least one module, e.g. mid_block")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     name: Literal["fashion_mnist", "folder", "none"] = "none"
     path: str = ""  # empty: what ships with the package
-    flip: bool = False
+    flip: bool = False  # mirror half of the images left to right
+
+    def __post_init__(self):
+        if self.name == "folder" and not self.path:
+            raise ValueError("path is missing; give a folder of pictures, or an .npz with the array images")
 
 
 @dataclass(frozen=True)
 class PlayerConfig:
-    learning_rate: float
+    """How AdamW trains one player."""
+
+    learning_rate: float  # the peak
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
     epsilon: float = 1e-8
-    warmup_steps: int = 0
-    decay: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0  # of linear growth from 0
+    decay: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up, until train.steps
     final: float = 0.0  # share of the learning rate left at the end of the decay
     max_norm: float = 10.0  # of the gradient; inf: no clipping
 
     def __post_init__(self):
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        _positive(self, "learning_rate", "epsilon")
+        _not_negative(self, "weight_decay", "warmup_steps", "final")
         if self.max_norm <= 0:
             raise ValueError(f"max_norm must be positive, got {self.max_norm}; inf turns clipping off")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {list(self.betas)}")
 
 
 @dataclass(frozen=True)
 class HalfLifeConfig:
-    images: float
-    ramp_up: float = 0.0
+    images: float  # half of the weight lies on the last so many images
+    ramp_up: float = 0.0  # early on, on the last `ramp_up` of all images so far; 0 for no ramp-up
 
     def __post_init__(self):
-        if self.images <= 0 or self.ramp_up < 0:
-            raise ValueError(f"images must be positive and ramp_up not negative, got {self.images} and {self.ramp_up}")
+        _positive(self, "images")
+        _not_negative(self, "ramp_up")
 
 
 AverageConfig = ConstantDecay | HalfLifeConfig | PowerDecay
@@ -137,61 +220,86 @@ AverageConfig = ConstantDecay | HalfLifeConfig | PowerDecay
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int
-    batch: int
-    accumulate: int = 1
-    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    steps: int  # generator updates
+    batch: int  # samples of one update, over all processes
+    accumulate: int = 1  # parts that each process cuts its share of the batch into, one after the other
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"  # bf16: autocast, parameters stay in float32
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     sharding: Literal["replicated", "fsdp2"] = "replicated"
-    gradient_checkpointing: bool = False
-    log_every: int = 50
+    gradient_checkpointing: bool = False  # recompute activations: less memory, a third more time
+    log_every: int = 50  # steps; 0: never, as for the next
     save_every: int = 1000
-    keep_last: int = 2
-    keep_every: int = 0
+    keep_last: int = 2  # newest checkpoints that are kept
+    keep_every: int = 0  # also keep those at multiples of so many steps; 0: none
     threads: int = 0  # of the CPU; 0: as torch chooses
 
     def __post_init__(self):
-        for name in ("steps", "batch", "accumulate", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        _positive(self, "steps", "batch", "accumulate", "keep_last")
+        _not_negative(self, "log_every", "save_every", "keep_every", "threads")
+        if self.batch % self.accumulate:
+            raise ValueError(
+                f"batch={self.batch} must be divisible by accumulate={self.accumulate}; choose a multiple of it"
+            )
 
 
 @dataclass(frozen=True)
 class PicturesConfig:
     every: int = 0  # steps between sample grids; 0: none
-    count: int = 40
+    count: int = 40  # samples, always from the same noises and classes
     columns: int = 10
+    scale: int = 2  # pixels of the picture per pixel of a sample
+
+    def __post_init__(self):
+        _not_negative(self, "every")
+        _positive(self, "count", "columns", "scale")
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     every: int = 0  # steps between evaluations while training; 0: none
     samples: int = 2000
-    batch: int = 256
-    seed: int = 1000
+    batch: int = 256  # samples made at once, which does not change them
+    seed: int = 1000  # of their noises
     features: str = ""  # folder of the feature extractor
-    cache: str = ""  # where statistics of real data are kept; empty: the run's folder
+    cache: str = ""  # where features of real data are kept; empty: the run's folder
+
+    def __post_init__(self):
+        _not_negative(self, "every")
+        _positive(self, "samples", "batch")
+        if self.every and not self.features:
+            raise ValueError("features is missing; name the extractor's folder, e.g. checkpoints/fashion-features")
 
 
 @dataclass(frozen=True)
 class Config:
     """One experiment."""
 
-    output: str
+    output: str  # the run's folder
     method: Any  # the Config of the method named by method.name
     method_name: str
     generator: GeneratorConfig
     train: TrainConfig
-    players: dict[str, PlayerConfig]
-    seed: int = 0
+    players: dict[str, PlayerConfig]  # by the names that the method gives them
+    seed: int = 0  # of every random number
     teacher: TeacherConfig | None = None
     critic: CriticConfig = field(default_factory=CriticConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    averages: dict[str, AverageConfig] = field(default_factory=dict)
+    averages: dict[str, AverageConfig] = field(default_factory=dict)  # of the generator; the first is shown in pictures
     pictures: PicturesConfig = field(default_factory=PicturesConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
+    def __post_init__(self):
+        if not self.output:
+            raise ValueError("output is empty; name the run's folder")
+        if RAW in self.averages:
+            raise ValueError(f"averages.{RAW} is the name of the weights themselves; choose another")
+        for name in self.averages:
+            if not name.isidentifier():
+                raise ValueError(f"averages.{name} cannot be a file name; use letters, digits and underscores")
+
+
+RAW = "raw"  # the name of a run's weights as they are, among its averages
 
 # Choices by name: {name: vp, ...} in the YAML picks the class whose fields the other keys fill.
 CHOICES: dict[Any, Mapping[str, type]] = {
@@ -199,10 +307,11 @@ CHOICES: dict[Any, Mapping[str, type]] = {
     AverageConfig: {"constant": ConstantDecay, "half_life": HalfLifeConfig, "power": PowerDecay},
     TimeSampler: TIME_SAMPLERS,
 }
+NAMES: dict[type, str] = {kind: name for choices in CHOICES.values() for name, kind in choices.items()}
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict]:
-    """The experiment in a YAML file, with key=value overrides on top, and the same as plain data (the recipe).
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The experiment in a YAML file, in which each key=value override replaces what stands at its key.
 
     Raises:
         ConfigError: anything that is not as it should be.
@@ -212,27 +321,84 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, dict]:
 
     if not path.is_file():
         raise ConfigError(f"there is no configuration at {path}; configs/ holds examples")
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"cannot read the override {override!r}; write key=value, e.g. train.steps=100")
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        plain = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, ValueError) as error:
+        tree = OmegaConf.load(path)
+        for key, value in _assignments(overrides):
+            OmegaConf.update(tree, key, value, merge=False)
+        values = OmegaConf.to_container(tree, resolve=True)
+    except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a valid configuration: {error}") from error
-    except Exception as error:  # yaml's errors have no common ancestor that omegaconf exports
-        if type(error).__module__.startswith("yaml"):
-            raise ConfigError(f"{path} is not valid YAML: {error}") from error
-        raise
-    return parse(plain), plain
+    return parse(values)
 
 
-def parse(plain: Any) -> Config:
+def sections(overrides: Sequence[str], known: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Overrides of the form section.key=value as {section: {key: value}}, for sections among `known`."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in known}
+    for key, value in _assignments(overrides):
+        section, _, name = key.partition(".")
+        if section not in found or not name:
+            raise ConfigError(f"unknown key {key}{_nearest(section, known)}; give keys of {', '.join(known)}")
+        found[section][name] = value
+    return found
+
+
+def _assignments(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+    """Each key=value as its key, and its value read as YAML."""
+    from omegaconf import OmegaConf
+
+    found = []
+    for override in overrides:
+        key, sign, _ = override.partition("=")
+        if not sign or not key:
+            raise ConfigError(f"cannot read the override {override!r}; write key=value, e.g. train.steps=100")
+        try:
+            found.append((key, OmegaConf.select(OmegaConf.from_dotlist([override]), key)))
+        except (YAMLError, ValueError) as error:
+            raise ConfigError(f"cannot read the override {override!r}: {error}") from error
+    return found
+
+
+def as_yaml(config: Config, comment: str) -> str:
+    """The experiment as YAML that `load_config` reads back to an equal Config, every default written out."""
+    from omegaconf import OmegaConf
+
+    return f"# {comment}\n" + OmegaConf.to_yaml(plain(config))
+
+
+def plain(config: Any) -> Any:
+    """The plain data that `parse` makes a Config from; what is None is left out."""
+    if isinstance(config, Config):
+        values = {name: plain(getattr(config, name)) for name in (f.name for f in dataclasses.fields(config))}
+        values["method"] = {"name": values.pop("method_name"), **values["method"]}
+        return {name: value for name, value in values.items() if value is not None}
+    if dataclasses.is_dataclass(config):
+        values = {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        named = {"name": NAMES[type(config)]} if type(config) in NAMES else {}
+        return named | {name: value for name, value in values.items() if value is not None}
+    if isinstance(config, Enum):
+        return config.value
+    if isinstance(config, Mapping):
+        return {name: plain(value) for name, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [plain(value) for value in config]
+    return config
+
+
+def flat(values: Mapping, prefix: str = "") -> dict[str, Any]:
+    """Nested plain data as {dotted key: value}; lists stay whole."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = isinstance(value, Mapping) and value
+        found |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return found
+
+
+def parse(values: Any) -> Config:
     """Plain data as a checked Config."""
-    if not isinstance(plain, dict):
-        raise ConfigError(f"a configuration must be a mapping of keys to values, got {plain!r}")
-    plain = dict(plain)
-    method = plain.pop("method", None)
+    if not isinstance(values, dict):
+        raise ConfigError(f"a configuration must be a mapping of keys to values, got {values!r}")
+    values = dict(values)
+    method = values.pop("method", None)
     if not isinstance(method, dict) or "name" not in method:
         raise ConfigError(f"method.name is missing; known are {', '.join(METHODS)}")
     name = method["name"]
@@ -240,9 +406,9 @@ def parse(plain: Any) -> Config:
         raise ConfigError(f"method.name={name!r} is unknown{_nearest(name, METHODS)}; known are {', '.join(METHODS)}")
     options = {key: value for key, value in method.items() if key != "name"}
     chosen = typed(METHODS[name].Config, options, "method")
-    if "method_name" in plain:
+    if "method_name" in values:
         raise ConfigError("unknown key method_name; did you mean method.name?")
-    return typed(Config, {**plain, "method": chosen, "method_name": name}, "")
+    return typed(Config, {**values, "method": chosen, "method_name": name}, "")
 
 
 def typed(kind: Any, value: Any, key: str) -> Any:
@@ -253,7 +419,9 @@ def typed(kind: Any, value: Any, key: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return typed(next(a for a in arguments if a is not type(None)), value, key)
+        kinds = [a for a in arguments if a is not type(None)]
+        mappings = [a for a in kinds if dataclasses.is_dataclass(a)]
+        return typed(mappings[0] if mappings and isinstance(value, dict) else kinds[0], value, key)
     if dataclasses.is_dataclass(kind):
         return _dataclass(kind, value, key)
     if origin is Literal:
@@ -306,7 +474,15 @@ def _dataclass(kind: type, value: Any, key: str) -> Any:
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(f"{key}: {error}" if key else str(error)) from error
+        raise ConfigError(_located(str(error), key, fields)) from error
+
+
+def _located(message: str, key: str, fields: Collection[str]) -> str:
+    """A dataclass's complaint with the key in front; most begin with the name of a field, some with the whole key."""
+    if not key or message.startswith(f"{key}."):
+        return message
+    names_field = re.match(r"\w*", message).group() in fields
+    return f"{key}.{message}" if names_field else f"{key}: {message}"
 
 
 def _chosen(choices: Mapping[str, type], value: Any, key: str) -> Any:
@@ -314,9 +490,7 @@ def _chosen(choices: Mapping[str, type], value: Any, key: str) -> Any:
         raise ConfigError(f"{key} must be a mapping with a name, one of {', '.join(choices)}; got {value!r}")
     name = value["name"]
     if name not in choices:
-        raise ConfigError(
-            f"{key}.name={name!r} is unknown{_nearest(name, choices)}; known are {', '.join(choices)}"
-        )
+        raise ConfigError(f"{key}.name={name!r} is unknown{_nearest(name, choices)}; known are {', '.join(choices)}")
     return _dataclass(choices[name], {k: v for k, v in value.items() if k != "name"}, key)
 
 

@@ -1,4 +1,4 @@
-"""Critic: a trainable denoiser that learns the score of the generator's samples, and may also tell them from real data."""
+"""Critic: a trainable denoiser that learns the score of the generator's samples, and may tell them from real data."""
 
 from collections.abc import Sequence
 
@@ -23,7 +23,9 @@ class DiscriminatorHead(nn.Module):
 
     def __init__(self, shapes: Sequence[Sequence[int]]):
         super().__init__()
-        self.heads = nn.ModuleList(_convolutional(*shape) if len(shape) == 3 else _linear(shape[-1]) for shape in shapes)
+        self.heads = nn.ModuleList(
+            _convolutional(*shape) if len(shape) == 3 else _linear(shape[-1]) for shape in shapes
+        )
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Logits (N,): positive for real."""
@@ -32,7 +34,9 @@ class DiscriminatorHead(nn.Module):
 
 
 def _convolutional(channels: int, height: int, width: int) -> nn.Sequential:
-    groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0)
+    # The last norm sees one position, so that a group of one or two channels would carry a constant or a sign, and no
+    # gradient: at least 16 channels a group. The paper's 768 and 1280 channels get its 32 groups.
+    groups = next((g for g in (32, 16, 8, 4, 2) if channels % g == 0 and channels // g >= 16), 1)
     layers: list[nn.Module] = []
     while min(height, width) > 4:
         layers += [nn.Conv2d(channels, channels, 4, 2, 1), nn.GroupNorm(groups, channels), nn.SiLU()]
@@ -52,7 +56,8 @@ class Critic(nn.Module):
         denoiser: trainable, initialised from the teacher.
         head: None for none.
         taps: names of the backbone's submodules whose outputs the head reads.
-        trunk: the denoiser that the head reads; the critic's own, or the frozen teacher's, which then adds no parameters.
+        trunk: the denoiser that the head reads: None for the critic's own, or the frozen teacher's, which adds no
+            parameters.
     """
 
     def __init__(
@@ -94,6 +99,4 @@ class Critic(nn.Module):
         if self.head is None:
             raise ValueError("this critic has no discriminator head; give it one, or turn the GAN term off")
         trunk = self._foreign_trunk[0] if self._foreign_trunk else self.denoiser
-        with tapped(trunk.backbone, self.taps) as features:
-            trunk(x_t, t, cond)
-        return self.head(features)
+        return self.head(trunk.features(x_t, t, cond, taps=self.taps))

@@ -1,7 +1,7 @@
 """Denoiser: a backbone, the process it was trained in, and what its output means, behind one call.
 
-Teacher, generator and critic each hold one. Callers speak of clean, noisy and time in the denoiser's `process`; that the
-network wants scaled inputs, its own clock, or was trained in another process, is settled here and nowhere else.
+Teacher, generator and critic each hold one. Callers speak of clean, noisy and time in the denoiser's `process`; that
+the network wants scaled inputs, its own clock, or was trained in another process, is settled here and nowhere else.
 """
 
 from abc import ABC, abstractmethod
@@ -10,8 +10,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
-from diffdistill.prediction import Prediction, convert
+from diffdistill.prediction import Prediction, conversion, convert
 from diffdistill.process import Process, lift
 
 Condition = Mapping[str, Tensor]
@@ -60,8 +61,8 @@ def _log_ratio(t: Tensor, process: Process) -> Tensor:
     return process.ratio(t).clamp(1e-4, 1e4).log() / 4
 
 
-# What the network is told about t: the index of a DDPM table; EDM's 1/4 ln sigma, times 1000; a unit time, times 1000;
-# or a bounded log-ratio.
+# What the network is told about t: the index of a DDPM table (between entries a fraction, below the first a negative
+# one); EDM's 1/4 ln sigma, times 1000; a unit time, times 1000; or a bounded log-ratio.
 CLOCKS: dict[str, Callable[[Tensor, Process], Tensor]] = {
     "steps": _steps,
     "edm": _edm,
@@ -78,7 +79,7 @@ class Denoiser(nn.Module):
         native: the process that the network's inputs and clock refer to.
         source: what the network's output means in `native`.
         clock: a key of CLOCKS.
-        scale_input: feed x_t / sqrt(alpha^2 sigma_data^2 + sigma^2), EDM's c_in (Karras et al. 2022, eq. 7). With
+        scale_input: feed x_t / sqrt(alpha^2 sigma_data^2 + sigma^2), EDM's c_in (Karras et al. 2022, table 1). With
             source=Prediction.F and clock="edm" that is EDM's whole preconditioning.
         process: the process that callers speak, by default `native`. Another one is matched by signal-to-noise ratio,
             which leaves the trajectories of the PF-ODE unchanged up to scale.
@@ -117,18 +118,24 @@ class Denoiser(nn.Module):
     def forward(
         self, x_t: Tensor, t: Tensor, cond: Condition | None = None, *, to: Prediction = Prediction.X0
     ) -> Tensor:
-        """The prediction `to` at x_t of shape (N, ...) and t of shape (N,), in the shape and dtype of x_t."""
+        """The prediction `to` at x_t of shape (N, ...) and t of shape (N,), in the shape and dtype of x_t.
+
+        t lies in (0, t_max]: at 0 the sample is the data, and clocks and scores are infinite. Where the caller's
+        process is noisier than any native time (alpha = 0 against a table that ends above it), the network is asked
+        at its noisiest time about the same noise; its x0 is passed on, and the rest follows in the caller's law.
+        """
         native = self.native
         if native is self.process:
             return convert(self._network(x_t, t, cond), x_t, t, native, source=self.source, to=to)
         time = native.time_of(self.process.ratio(t))
         norm = (native.alpha(time) ** 2 + native.sigma(time) ** 2).sqrt()
         norm = norm / (self.process.alpha(t) ** 2 + self.process.sigma(t) ** 2).sqrt()
-        x_native = lift(norm, x_t) * x_t
-        x0 = convert(
-            self._network(x_native, time, cond), x_native, time, native, source=self.source, to=Prediction.X0
-        )
-        return convert(x0, x_t, t, self.process, source=Prediction.X0, to=to)
+        output = self._network(lift(norm, x_t) * x_t, time, cond)
+        # x0 = p0 output + n0 norm x_t in the native process, then result = r0 x0 + s0 x_t in the caller's. The scalars
+        # are composed first, in float64: near the data each alone is huge, and their float32 tensors would cancel.
+        p0, n0 = conversion(time, native, source=self.source, to=Prediction.X0)
+        r0, s0 = conversion(t, self.process, source=Prediction.X0, to=to)
+        return lift(r0 * p0, x_t) * output.to(x_t.dtype) + lift(r0 * n0 * norm + s0, x_t) * x_t
 
     def with_features(
         self,
@@ -144,6 +151,16 @@ class Denoiser(nn.Module):
             prediction = self(x_t, t, cond, to=to)
         return prediction, features
 
+    def features(self, x_t: Tensor, t: Tensor, cond: Condition | None = None, *, taps: Sequence[str]) -> list[Tensor]:
+        """The outputs of the backbone's submodules `taps` alone; what lies behind the last of them is not computed.
+
+        Sharded backbones are run to the end, since FSDP2 puts its parameters away in a hook behind the whole forward.
+        """
+        whole = any(isinstance(part, FSDPModule) for part in self.backbone.modules())
+        with tapped(self.backbone, taps, leave=not whole) as features:
+            self(x_t, t, cond)
+        return features
+
     def _network(self, x: Tensor, t: Tensor, cond: Condition | None) -> Tensor:
         """The backbone's raw output in the native process."""
         if self.scale_input:
@@ -153,17 +170,31 @@ class Denoiser(nn.Module):
         return self.backbone(x, time, {} if cond is None else cond)
 
 
+class _Seen(Exception):
+    """Every tap has fired: leaves a forward pass whose remaining output nobody reads."""
+
+
 @contextmanager
-def tapped(module: nn.Module, taps: Sequence[str]):
-    """Within the block, a forward pass of `module` appends the output of each submodule in `taps` to the list yielded."""
-    features: list[Tensor] = []
+def tapped(module: nn.Module, taps: Sequence[str], *, leave: bool = False):
+    """Within the block, a forward pass of `module` gives the output of each submodule in `taps` to the list yielded, in
+    the order of `taps`. With `leave`, the pass and the block end as soon as the list is complete."""
+    features: list[Tensor] = [None] * len(taps)
+    missing = set(range(len(taps)))
 
-    def keep(part, inputs, output):
-        features.append(output[0] if isinstance(output, tuple) else output)
+    def keep(place, output):
+        features[place] = output[0] if isinstance(output, tuple) else output
+        missing.discard(place)
+        if leave and not missing:
+            raise _Seen
 
-    handles = [module.get_submodule(tap).register_forward_hook(keep) for tap in taps]
+    handles = [
+        module.get_submodule(tap).register_forward_hook(lambda part, inputs, output, place=place: keep(place, output))
+        for place, tap in enumerate(taps)
+    ]
     try:
         yield features
+    except _Seen:
+        pass
     finally:
         for handle in handles:
             handle.remove()

@@ -21,14 +21,17 @@ class Generator:
         denoiser: trainable.
         grid: the times of its evaluations, strictly descending, in (0, t_max].
         step_rule: how it gets from one time to the next. "renoise": predict x0, add fresh noise (consistency and
-            DMD sampling). "euler", "ddim", "heun": follow the PF-ODE, and on from the last time to the data.
+            DMD sampling). "euler", "ddim", "heun": follow the PF-ODE. The last evaluation gives the predicted x0, which
+            on VE and Rectified is Euler's step to the data.
     """
 
     def __init__(self, denoiser: Denoiser, grid: Sequence[float], *, step_rule: str = "renoise"):
         grid = tuple(float(t) for t in grid)
         process = denoiser.process
         if not grid or any(after >= before for before, after in zip(grid, grid[1:], strict=False)):
-            raise ValueError(f"generator.grid must be strictly decreasing, got {grid}; list the largest noise time first")
+            raise ValueError(
+                f"generator.grid must be strictly decreasing, got {grid}; list the largest noise time first"
+            )
         if grid[0] > process.t_max or grid[-1] <= 0:
             raise ValueError(f"generator.grid must lie in (0, {process.t_max:g}], the times of {process}, got {grid}")
         if step_rule not in STEP_RULES:
@@ -47,19 +50,13 @@ class Generator:
     def sample(self, x: Tensor, cond: Condition | None, rng: Rng) -> Tensor:
         """Clean samples from the noise x of shape (N, ...): what training simulates, evaluation scores and export
         reproduces."""
-        if self.step_rule == "renoise":
-            return self.rollout(x, cond, rng, stop=len(self.grid) - 1)
-
-        def predict(x_t: Tensor, t: Tensor, *, to: Prediction) -> Tensor:
-            return self.denoiser(x_t, t, cond, to=to)
-
-        return solve(predict, self.process, x, (*self.grid, 0.0), solver=self.step_rule)
+        return self.rollout(x, cond, rng, stop=len(self.grid) - 1)
 
     def rollout(self, x: Tensor, cond: Condition | None, rng: Rng, *, stop: int) -> Tensor:
         """The prediction of x0 at grid[stop], reached from the noise x by the generator's own steps.
 
         The steps before `stop` are simulated without gradient; the last evaluation carries it. This is DMD2's backward
-        simulation (Yin et al. 2024a, section 4.5): training sees the inputs that sampling will produce.
+        simulation (Yin et al. 2024a): training sees the inputs that sampling will produce.
         """
         with torch.no_grad():
             for t, r in zip(self.grid[:stop], self.grid[1 : stop + 1], strict=True):

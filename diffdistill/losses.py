@@ -29,7 +29,8 @@ def matching_direction(x: Tensor, x0_real: Tensor, x0_fake: Tensor, *, floor: fl
     """DMD's normalised score difference (mu_fake - mu_real) / mean|x - mu_real|, the mean taken per sample.
 
     The published code has no floor, and maps the infinities that follow to large numbers; here the normaliser is at
-    least `floor`. Source: Yin et al. 2024b (DMD), eq. 7 and 8, in the form of the released code.
+    least `floor`. Source: Yin et al. 2024b (DMD), in the form of the released code,
+    which drops the factor alpha of the paper's weight.
     """
     x, x0_real, x0_fake = full(x).detach(), full(x0_real).detach(), full(x0_fake).detach()
     scale = (x - x0_real).abs().flatten(1).mean(1).clamp(min=floor)

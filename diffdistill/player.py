@@ -5,6 +5,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +23,13 @@ class LearningRate:
 
     peak: float
     warmup_steps: int = 0
-    decay: str = "constant"
+    decay: Literal["constant", "linear", "cosine"] = "constant"
     steps: int = 0
     final: float = 0.0
+
+    def __post_init__(self):
+        if self.decay not in ("constant", "linear", "cosine"):
+            raise ValueError(f"decay must be constant, linear or cosine, got {self.decay!r}")
 
     def __call__(self, step: int) -> float:
         if step < self.warmup_steps:
@@ -47,6 +53,10 @@ class ConstantDecay(Decay):
     """average <- beta average + (1 - beta) parameters."""
 
     beta: float
+
+    def __post_init__(self):
+        if not 0 <= self.beta < 1:
+            raise ValueError(f"beta must be in [0, 1), got {self.beta}; 1 would never leave the starting weights")
 
     def __call__(self, step: int) -> float:
         return self.beta
@@ -73,10 +83,15 @@ class PowerDecay(Decay):
 
     sigma_rel: float
 
+    def __post_init__(self):
+        widest = 1 / math.sqrt(12)  # at gamma = 0, the average over the whole run with equal weights
+        if not 0 < self.sigma_rel <= widest:
+            raise ValueError(f"sigma_rel must be in (0, {widest:.4f}], got {self.sigma_rel}; 0.05 to 0.15 is customary")
+
     def __call__(self, step: int) -> float:
         return (1 - 1 / (step + 1)) ** (self.gamma + 1)
 
-    @property
+    @cached_property
     def gamma(self) -> float:
         """The positive root: solved by bisection, since sigma_rel falls monotonically with gamma."""
         low, high = 0.0, 1e6
@@ -88,17 +103,37 @@ class PowerDecay(Decay):
 
 
 class Average:
-    """Tensors that follow a player's parameters."""
+    """Tensors that follow a player's parameters.
 
-    def __init__(self, parameters: Sequence[Tensor], copies: Sequence[Tensor], decay: Callable[[int], float]):
+    Args:
+        parameters, copies: of the same shapes, in the same order.
+        decay: a pure function of the step.
+        changed: called after `swapped_in` has changed the parameters in place.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        copies: Sequence[Tensor],
+        decay: Callable[[int], float],
+        *,
+        changed: Callable[[], None],
+    ):
         self.parameters, self.copies, self.decay = list(parameters), list(copies), decay
+        self._changed = changed
 
     @torch.no_grad()
     def follow(self, step: int, finite: Tensor) -> None:
         """One step towards the parameters; none where `finite` (a 0-dimensional 0 or 1) is 0."""
-        change = torch._foreach_sub(self.parameters, self.copies)
-        torch._foreach_mul_(change, finite * (1 - self.decay(step)))
-        torch._foreach_add_(self.copies, change)
+        part = 1 - self.decay(step)
+        for parameter, copy in zip(self.parameters, self.copies, strict=True):
+            local(copy).lerp_(local(parameter), finite.to(copy.dtype) * part)
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Set the copies to the present parameters."""
+        for parameter, copy in zip(self.parameters, self.copies, strict=True):
+            local(copy).copy_(local(parameter))
 
     @contextmanager
     def swapped_in(self):
@@ -112,9 +147,10 @@ class Average:
     @torch.no_grad()
     def _swap(self) -> None:
         for parameter, copy in zip(self.parameters, self.copies, strict=True):
-            kept = parameter.clone()
-            parameter.copy_(copy)
-            copy.copy_(kept)
+            kept = local(parameter).clone()
+            local(parameter).copy_(local(copy))
+            local(copy).copy_(kept)
+        self._changed()
 
 
 class Player:
@@ -125,7 +161,8 @@ class Player:
         optimizer: made of the parameters; a fused torch.optim.AdamW, which can skip a step by a flag on the device.
         learning_rate: a pure function of the step.
         max_norm: clip the gradient's global norm to it; infinity for not.
-        reduce: sums a flat tensor over the ranks in place; None where the gradients are reduced already (FSDP2).
+        reduce: sums a flat tensor over the ranks in place; None where there is nothing to sum: one process, or
+            gradients that the backward pass has reduced already (FSDP2).
     """
 
     def __init__(
@@ -137,72 +174,108 @@ class Player:
         max_norm: float,
         reduce: Callable[[Tensor], None] | None,
     ):
+        if not optimizer.defaults["fused"]:
+            raise ValueError("a Player needs AdamW(fused=True): other kernels ignore the flag that skips a step")
         self.spec, self.optimizer, self.learning_rate = spec, optimizer, learning_rate
         self.max_norm, self._reduce = max_norm, reduce
         self.parameters = list(spec.parameters.values())
         self.averages: dict[str, Average] = {}
         self.dropouts = [dropout for module in spec.modules for dropout in replace_dropout(module)]
+        self._sharded = [part for module in spec.modules for part in module.modules() if isinstance(part, FSDPModule)]
 
     def average(self, name: str, decay: Callable[[int], float]) -> None:
         """Keep a running average of the parameters under this name, starting from their present values."""
-        self.averages[name] = Average(self.parameters, [p.detach().clone() for p in self.parameters], decay)
+        self.follow_with(name, [parameter.detach().clone() for parameter in self.parameters], decay)
+
+    def follow_with(self, name: str, copies: Sequence[Tensor], decay: Callable[[int], float]) -> None:
+        """Keep a running average of the parameters in these tensors, e.g. those of a network that a loss reads."""
+        self.averages[name] = Average(self.parameters, copies, decay, changed=self.reshard)
 
     def make_optimizer_state(self) -> None:
-        """Give the optimizer the tensors it makes on its first step, so that a checkpoint can be loaded into them."""
+        """Give the optimizer the tensors it makes on its first step, so that a checkpoint can be loaded into them.
+
+        Nothing else changes: the flag makes the step a skipped one. It does nothing where the tensors are there.
+        """
+        if len(self.optimizer.state) == len(self.parameters):
+            return
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.found_inf = torch.ones((), device=local(self.parameters[0]).device)  # nothing else changes
+        self.optimizer.found_inf = torch.ones((), device=self.device)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    @property
+    def device(self) -> torch.device:
+        return local(self.parameters[0]).device
+
     def trainable(self, flag: bool) -> None:
-        """Whether backward passes reach the parameters, and dropout is on."""
+        """Whether backward passes reach the parameters."""
         for parameter in self.parameters:
             parameter.requires_grad_(flag)
-        for dropout in self.dropouts:
-            dropout.training = flag
+        self.reshard()  # what FSDP2 has gathered keeps the flag it was gathered with
 
     def reduce_on_backward(self, flag: bool) -> None:
         """Whether the next backward pass of sharded modules also reduces: only the last one of an update should."""
-        for module in self.spec.modules:
-            for part in module.modules():
-                if isinstance(part, FSDPModule):
-                    part.set_requires_gradient_sync(flag, recurse=False)
+        for part in self._sharded:
+            part.set_requires_gradient_sync(flag, recurse=False)
 
-    def apply(self, step: int) -> dict[str, Tensor]:
-        """Reduce, find out whether all is finite, clip, step, average; then drop the gradients.
+    def reshard(self) -> None:
+        """Drop what sharded modules have gathered, so that they gather again after the parameters changed in place."""
+        for part in self._sharded:
+            part.reshard()
 
-        Returns:
-            0-dimensional tensors on the device: `finite` (1 or 0) and `gradient_norm`, before clipping.
+    @torch.no_grad()
+    def gradient_norm(self) -> Tensor:
+        """The norm, 0-dimensional, of the gradient summed over the ranks; to be called once, before `apply`.
+
+        A parameter that no backward pass reached gets a gradient of zeros, so that all ranks agree on what there is.
         """
-        self._reduce_gradients()
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in self.parameters]
-        norm = whole(nn.utils.get_total_norm(gradients, foreach=True))
-        finite = norm.isfinite().to(norm.dtype)
+        if self._reduce is not None:
+            for bucket in buckets(gradients):
+                flat = torch.cat([gradient.flatten() for gradient in bucket])
+                self._reduce(flat)
+                parts = flat.split([gradient.numel() for gradient in bucket])
+                for gradient, part in zip(bucket, parts, strict=True):
+                    gradient.copy_(part.view_as(gradient))
+        return whole(nn.utils.get_total_norm(gradients))
+
+    @torch.no_grad()
+    def apply(self, step: int, norm: Tensor, finite: Tensor) -> None:
+        """Clip, step, average; then drop the gradients.
+
+        Args:
+            step: of the learning rate and the decays.
+            norm: what `gradient_norm` returned.
+            finite: 1, or 0 to change nothing: neither parameters, nor moments and step count, nor averages.
+        """
         if math.isfinite(self.max_norm):
             shrink = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([local(gradient) for gradient in gradients], shrink)
+            torch._foreach_mul_([local(parameter.grad) for parameter in self.parameters], shrink)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         self.optimizer.found_inf = (1 - finite).float()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.reshard()
         for average in self.averages.values():
             average.follow(step, finite)
-        return {"finite": finite, "gradient_norm": norm}
 
-    @torch.no_grad()
-    def _reduce_gradients(self) -> None:
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        if self._reduce is None:
-            return
-        flat = torch.cat([parameter.grad.flatten() for parameter in self.parameters])
-        self._reduce(flat)
-        parts = flat.split([parameter.numel() for parameter in self.parameters])
-        for parameter, part in zip(self.parameters, parts, strict=True):
-            parameter.grad.copy_(part.view_as(parameter))
+
+def buckets(tensors: Sequence[Tensor], *, numbers: int = 2**25) -> list[list[Tensor]]:
+    """`tensors`, in order, in lists of at most that many numbers, or of one larger tensor."""
+    made: list[list[Tensor]] = []
+    room = 0
+    for tensor in tensors:
+        if not made or tensor.numel() > room:
+            made.append([])
+            room = numbers
+        made[-1].append(tensor)
+        room -= tensor.numel()
+    return made
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -217,7 +290,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def only(name: str, players: Mapping[str, Player]):
-    """Within the block, one player's parameters train and all others are frozen, yet differentiable in their inputs."""
+    """Within the block, one player's parameters train and all others are frozen, yet differentiable in their inputs.
+
+    It leaves the flags as they are, since the next block sets all of them.
+    """
     for other, player in players.items():
         player.trainable(other == name)
     yield

@@ -2,6 +2,7 @@
 
 from enum import Enum
 
+import torch
 from torch import Tensor
 
 from diffdistill.process import Process, lift
@@ -11,7 +12,7 @@ class Prediction(Enum):
     """A network output is a pair (a, b): output = a x0 + b eps, with a and b functions of time.
 
     V is alpha eps - sigma x0 (Salimans and Ho 2022). VELOCITY is d x_t / dt of the process at hand. F is the
-    unit-variance target of EDM's preconditioning (Karras et al. 2022, eq. 7), for any process.
+    unit-variance target of EDM's preconditioning (Karras et al. 2022, table 1), for any process.
     """
 
     X0 = "x0"
@@ -24,7 +25,7 @@ class Prediction(Enum):
     def coefficients(self, t: Tensor, process: Process) -> tuple[Tensor, Tensor]:
         """a and b at t of shape (N,), each (N,): output = a x0 + b eps."""
         alpha, sigma = process.alpha(t), process.sigma(t)
-        zero, one = alpha * 0, alpha * 0 + 1
+        zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
         match self:
             case Prediction.X0:
                 return one, zero
@@ -60,8 +61,14 @@ def convert(p: Tensor, x_t: Tensor, t: Tensor, process: Process, *, source: Pred
 
 
 def conversion(t: Tensor, process: Process, *, source: Prediction, to: Prediction) -> tuple[Tensor, Tensor]:
-    """The scalars of `convert`, each (N,): result = first * p + second * x_t."""
+    """The scalars of `convert`, each (N,): result = first * p + second * x_t.
+
+    They are infinite where the source says nothing about the target: SCORE at t = 0, EPS from X0 at t = 0, and X0 from
+    EPS or SCORE where alpha is 0.
+    """
     alpha, sigma = process.alpha(t), process.sigma(t)
+    if source is to:
+        return torch.ones_like(alpha), torch.zeros_like(alpha)
     a, b = source.coefficients(t, process)
     c, d = to.coefficients(t, process)
     determinant = alpha * b - sigma * a

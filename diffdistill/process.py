@@ -72,7 +72,7 @@ class Process(ABC):
         Args:
             s, t: times of shape (N,), in [0, t_max], with alpha(s) > 0.
         Returns:
-            a and b, each (N,). b is 0 where s == t.
+            a and b, each (N,). b is 0 where s == t, and NaN where s > t: noise cannot be taken away.
         Raises:
             ValueError: shapes differ.
         Source: composition of Gaussians, a = alpha_t / alpha_s and b^2 = sigma_t^2 - a^2 sigma_s^2, where b^2 is
@@ -82,8 +82,9 @@ class Process(ABC):
             raise ValueError(f"transition needs s and t of one shape, got {tuple(s.shape)} and {tuple(t.shape)}")
         a = self.alpha(t) / self.alpha(s)
         carried = a * self.sigma(s)
-        b = ((self.sigma(t) - carried) * (self.sigma(t) + carried)).sqrt()
-        return a, b
+        added = (self.sigma(t) - carried).clamp(min=0)  # rounding may leave a difference just below 0
+        b = (added * (self.sigma(t) + carried)).sqrt()
+        return a, torch.where(s <= t, b, torch.nan)
 
     def prior_std(self, t: float) -> float:
         """Standard deviation of the pure noise that a generator starting at time t is fed.
@@ -100,6 +101,13 @@ class Process(ABC):
         u = first * (1 - torch.arange(steps, dtype=torch.float64) / steps)
         return tuple(self.warp(u).tolist())
 
+    def same_law(self, other: "Process") -> bool:
+        """Whether x_t means the same in both: equal t_max and, at 257 times, equal alpha and sigma."""
+        if self.t_max != other.t_max:
+            return False
+        t = torch.linspace(0, self.t_max, 257, dtype=torch.float64)
+        return torch.equal(self.alpha(t), other.alpha(t)) and torch.equal(self.sigma(t), other.sigma(t))
+
     def __str__(self) -> str:
         return type(self).__name__
 
@@ -110,6 +118,10 @@ class VP(Process):
     With theta = atan(sigma / alpha), alpha = cos theta and sigma = sin theta hold exactly. Between two entries of the
     table the log-SNR is linear in t; on [0, 1] sigma / alpha is, since the log-SNR of the data is infinite; and
     where the table ends at zero SNR, alpha / sigma is linear on the last interval, by the same symmetry.
+
+    The path is continuous with a kink at each entry of the table. There the derivatives are the mean of both sides: a
+    one-sided slope belongs to a time half a step away, and would bias every Euler or Heun solution by the same amount
+    however many steps it takes.
 
     Source: Ho et al. 2020 (linear betas); Rombach et al. 2022 (scaled linear); Nichol and Dhariwal 2021 (cosine).
     """
@@ -128,7 +140,7 @@ class VP(Process):
 
     @staticmethod
     def linear(steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, **options) -> "VP":
-        """DDPM's table: betas evenly spaced (Ho et al. 2020, section 4)."""
+        """DDPM's table: betas evenly spaced (Ho et al. 2020)."""
         betas = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
         return VP((1 - betas).cumprod(0), **options)
 
@@ -140,7 +152,7 @@ class VP(Process):
 
     @staticmethod
     def cosine(steps: int = 1000, offset: float = 0.008, beta_max: float = 0.999, **options) -> "VP":
-        """Improved DDPM's table (Nichol and Dhariwal 2021, eq. 17), with betas clipped at `beta_max`."""
+        """Improved DDPM's table (Nichol and Dhariwal 2021), with betas clipped at `beta_max`."""
         grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
         bar = torch.cos((grid + offset) / (1 + offset) * math.pi / 2) ** 2
         betas = (1 - bar[1:] / bar[:-1]).clamp(max=beta_max)
@@ -162,7 +174,7 @@ class VP(Process):
 
     def time_of(self, ratio: Tensor) -> Tensor:
         table = self._table(ratio.device)
-        log_ratio = ratio.log()
+        log_ratio = ratio.to(table.dtype).log()
         left = torch.searchsorted(table, log_ratio.contiguous(), right=True).clamp(1, len(table) - 1) - 1
         t = left + 1 + (log_ratio - table[left]) / (table[left + 1] - table[left])
         if self.ends_at_zero_snr:
@@ -188,8 +200,10 @@ class VP(Process):
         """atan(sigma / alpha) and its derivative with respect to t."""
         table = self._table(t.device)
         left = (t.detach().floor().long() - 1).clamp(0, len(table) - 2)
+        before = (t.detach().ceil().long() - 2).clamp(0, len(table) - 2)  # differs from `left` only at an entry
         slope = table[left + 1] - table[left]
         ratio = (table[left] + (t - 1 - left) * slope).exp()
+        slope = (slope + table[before + 1] - table[before]) / 2
         angle, speed = ratio.atan(), slope * ratio / (1 + ratio**2)
         first = table[0].exp()
         near_data = t < 1
@@ -227,11 +241,11 @@ class VE(Process):
         return ratio.clamp(max=self.t_max)
 
     def warp(self, u: Tensor) -> Tensor:
-        low, high = self.sigma_min ** (1 / self.rho), self.t_max ** (1 / self.rho)
-        return (low + u * (high - low)) ** self.rho  # Karras et al. 2022, eq. 5
+        lowest = (self.sigma_min / self.t_max) ** (1 / self.rho)
+        return self.t_max * (1 - (1 - lowest) * (1 - u)) ** self.rho  # Karras et al. 2022, table 1; exact at u = 1
 
     def grid(self, steps: int, *, first: float = 1.0) -> tuple[float, ...]:
-        """Karras et al. 2022, eq. 5: from warp(first) down to sigma_min, both included when steps > 1."""
+        """The steps of Karras et al. 2022, table 1: from warp(first) to sigma_min, both included if steps > 1."""
         u = torch.linspace(first, 0.0, steps, dtype=torch.float64)
         return tuple(self.warp(u).tolist())
 
@@ -244,7 +258,7 @@ class Rectified(Process):
     """The straight path x_t = (1 - t) x0 + t eps, with t = 1 at the noise (Liu et al. 2022; Lipman et al. 2022).
 
     `shift` changes no coefficient, only the customary spacing of times: warp(u) = shift u / (1 + (shift - 1) u), which
-    multiplies sigma / alpha by `shift` (Esser et al. 2024, eq. 23).
+    multiplies sigma / alpha by `shift` (Esser et al. 2024).
     """
 
     def __init__(self, *, shift: float = 1.0, sigma_data: float = 1.0):
@@ -265,10 +279,10 @@ class Rectified(Process):
         return torch.ones_like(t)
 
     def time_of(self, ratio: Tensor) -> Tensor:
-        return 1 - 1 / (1 + ratio)  # this form is 1 at an infinite ratio
+        return 1 / (1 + 1 / ratio)  # this form holds at 0 and at infinity, and keeps the digits of a small ratio
 
     def warp(self, u: Tensor) -> Tensor:
-        return self.shift * u / (1 + (self.shift - 1) * u)
+        return u / (u + (1 - u) / self.shift)  # this form is exactly 1 at u = 1
 
     @property
     def terminal_std(self) -> float:
@@ -276,7 +290,7 @@ class Rectified(Process):
 
 
 class Trig(Process):
-    """TrigFlow: x_t = cos(t) x0 + sin(t) sigma_data eps on [0, pi / 2] (Lu and Song 2024, section 3)."""
+    """TrigFlow: x_t = cos(t) x0 + sin(t) sigma_data eps on [0, pi / 2] (Lu and Song 2024)."""
 
     def __init__(self, *, sigma_data: float = 1.0):
         self.t_max, self.sigma_data = math.pi / 2, sigma_data

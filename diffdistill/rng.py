@@ -1,12 +1,13 @@
 """Randomness by slots: every number is a function of (seed, place in the run, sample), so there is no state to save.
 
 A slot is the index of a sample in the global batch. Because each sample's draws are keyed by its slot and never by rank
-or micro-batch, one process or eight, accumulated or not, compute the same thing, and a resumed run continues bit for bit.
+or micro-batch, one process or eight, accumulated or not, compute the same thing, and a resumed run goes on bit for bit.
 """
 
 import hashlib
 import random
 from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -85,8 +86,16 @@ class Rng:
         return rows
 
 
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
 class SlotDropout(nn.Module):
-    """Dropout whose masks are drawn by slot. The Trainer sets `rng` before each term; it replaces `nn.Dropout`."""
+    """Dropout whose masks are drawn by slot; it replaces `nn.Dropout`.
+
+    It drops only inside `drawn_from(dropouts, rng)`, which the Trainer opens for the player in training, around forward
+    and backward pass: so frozen networks and evaluation never drop, whatever their training flag says, and gradient
+    checkpointing recomputes with the same masks. Dimension 0 of its input must be the batch, or whole copies of it.
+    """
 
     def __init__(self, probability: float, name: str):
         super().__init__()
@@ -94,21 +103,41 @@ class SlotDropout(nn.Module):
         self.rng: Rng | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.probability == 0:
+        if self.rng is None or self.probability == 0:
             return x
-        if self.rng is None:
-            raise RuntimeError(f"dropout {self.name} is in training mode but was given no rng; set SlotDropout.rng")
         keep = self.rng.keep(self.name, x.shape[1:], 1 - self.probability)
         copies, rest = divmod(len(x), len(keep))
         if rest:
-            raise RuntimeError(f"dropout {self.name} got {len(x)} rows for {len(keep)} slots")
+            raise ValueError(f"dropout {self.name} got {len(x)} rows for {len(keep)} slots; the batch must come first")
         return x * keep.repeat(copies, *[1] * (x.ndim - 1)).to(x.dtype) / (1 - self.probability)
 
 
+@contextmanager
+def drawn_from(dropouts: Iterable[SlotDropout], rng: Rng):
+    """Within the block, these drop, with masks from `rng`."""
+    dropouts = list(dropouts)
+    for dropout in dropouts:
+        dropout.rng = rng
+    try:
+        yield
+    finally:
+        for dropout in dropouts:
+            dropout.rng = None
+
+
 def replace_dropout(module: nn.Module) -> list[SlotDropout]:
-    """Put a SlotDropout in place of every `nn.Dropout` inside `module`; returns those with a positive probability."""
+    """Put a SlotDropout in place of every `nn.Dropout` inside `module`; returns those with a positive probability.
+
+    Raises:
+        ValueError: another kind of dropout, whose masks would not be drawn by slot.
+    """
     for path, child in list(module.named_modules()):
         for name, part in child.named_children():
             if type(part) is nn.Dropout:
                 setattr(child, name, SlotDropout(part.p, f"{path}.{name}"))
+            elif isinstance(part, DROPOUTS) and part.p > 0:
+                raise ValueError(
+                    f"{path}.{name} is a {type(part).__name__}, whose masks depend on rank and batch; "
+                    "use nn.Dropout, or set its probability to 0"
+                )
     return [part for part in module.modules() if isinstance(part, SlotDropout) and part.probability > 0]

@@ -1,7 +1,9 @@
 """Trainer: the one loop, the same for every method."""
 
 import json
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,14 +13,14 @@ from typing import Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import AutocastKwargs, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
 from diffdistill import checkpoint
 from diffdistill.method import Action, Batch, Method, Term, Update
-from diffdistill.player import Average, Player, only
-from diffdistill.rng import Rng
+from diffdistill.player import Player, only
+from diffdistill.rng import Rng, drawn_from
 
 
 class Data(Protocol):
@@ -92,11 +94,13 @@ class Trainer:
         self.schedule, self.seed, self.output, self.hooks, self.dtype = schedule, seed, Path(output), hooks, dtype
         self.step, self.attempt = 0, 0
         for name, spec in method.averages().items():
-            players[spec.player].averages[name] = Average(
-                players[spec.player].parameters, list(spec.module.parameters()), spec.decay
-            )
+            players[spec.player].follow_with(name, list(spec.module.parameters()), spec.decay)
         self._readings = Readings(accelerator)
+        # 1 until something is not finite, then 0 for good: every later step of every player is skipped on the device
+        self._healthy = torch.ones((), device=accelerator.device)
         self._flags: list[tuple[int, list[str], Tensor, torch.cuda.Event | None]] = []
+        # the host reads a step's flags once the next step is queued, so as never to wait for CUDA; a CPU has no queue
+        self._behind = 1 if accelerator.device.type == "cuda" else 0
         self._stop_signal: int | None = None
         self._started = time.perf_counter()
 
@@ -112,17 +116,20 @@ class Trainer:
             NonFinite: naming step, player and term.
         """
         steps = self.schedule.steps
-        bar = tqdm(total=steps, initial=self.step, unit="step", disable=not self.main, dynamic_ncols=True, mininterval=1)
+        bar = tqdm(
+            total=steps, initial=self.step, unit="step", disable=not self.main, dynamic_ncols=True, mininterval=1
+        )
         first = True
         with self._signals_noted(), bar:
             while True:
                 self._top(resumed=first and self.step > 0)
                 first = False
-                if self.step == steps:
+                if self.step >= steps:
+                    self._read_flags(behind=0)
                     return None
                 self.one_step()
                 bar.update()
-                stopped = self._read_flags(behind=1)
+                stopped = self._read_flags(behind=self._behind)
                 if stopped:
                     self._log_if_due()
                     self.save()
@@ -130,23 +137,35 @@ class Trainer:
 
     def one_step(self) -> None:
         """One pass through the method's plan."""
-        checks: list[tuple[str, Tensor]] = []
+        names: list[str] = []
+        flags: list[Tensor] = []
         for index, item in enumerate(self.method.plan(self.step)):
             if isinstance(item, Action):
                 item.act({name: player.spec for name, player in self.players.items()})
             else:
-                checks += self._update(index, item)
-        self._post_flags(checks)
+                update_names, update_flags = self.update(index, item)
+                names += update_names
+                flags.append(update_flags)
+        self._post_flags(names, flags)
         self.step += 1
 
     def save(self) -> None:
-        """Write a checkpoint of the present step."""
+        """Write a checkpoint of the present step.
+
+        Raises:
+            NonFinite: the present step was not finite, so there is nothing good to save.
+            CheckpointError: it could not be written.
+        """
         self._read_flags(behind=0)
+        log_bytes = 0
+        if self.main and self._log_path.exists():
+            checkpoint.to_disk(self._log_path)
+            log_bytes = self._log_path.stat().st_size
         state = {
             "step": self.step,
             "attempt": self.attempt,
             "readings": self._readings.state(),
-            "log_bytes": self._log_path.stat().st_size if self.main and self._log_path.exists() else 0,
+            "log_bytes": log_bytes,
         }
         folder = self.output / "checkpoints" / f"step-{self.step:08d}"
         checkpoint.save(folder, self.players, state, writes=self.main)
@@ -155,21 +174,38 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def resume(self, folder: Path) -> None:
-        """Go on from a checkpoint of this very recipe."""
+        """Go on from a checkpoint of this very recipe; log lines written after it are dropped.
+
+        Raises:
+            CheckpointError: it is damaged or of another recipe, or the log is shorter than it was then.
+        """
         state = checkpoint.load(folder, self.players)
+        if self.main and self._log_path.exists():
+            size = self._log_path.stat().st_size
+            if size < state["log_bytes"]:
+                raise checkpoint.CheckpointError(
+                    f"{self._log_path} has {size} bytes but had {state['log_bytes']} when {folder.name} was written; "
+                    "restore it, or delete it to go on with a new log"
+                )
+            os.truncate(self._log_path, state["log_bytes"])
         self.step, self.attempt = state["step"], state["attempt"]
         self._readings.load(state["readings"])
-        if self.main and self._log_path.exists():
-            with self._log_path.open("r+b") as file:
-                file.truncate(state["log_bytes"])
 
     def log(self, kind: str, readings: Mapping[str, float]) -> None:
         """One JSON line, and the same scalars to the trackers."""
         if not self.main:
             return
         seconds = time.perf_counter() - self._started
-        with self._log_path.open("a") as file:
-            file.write(json.dumps({"kind": kind, "step": self.step, **readings, "seconds": round(seconds, 3)}) + "\n")
+        line = json.dumps({"kind": kind, "step": self.step, **readings, "seconds": round(seconds, 3)})
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+            with self._log_path.open("a") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise checkpoint.CheckpointError(
+                f"could not write {self._log_path}: {error}; free some space or change output, then run the same "
+                "command again: it goes on from the last checkpoint"
+            ) from error
         self.accelerator.log({f"{kind}/{name}": value for name, value in readings.items()}, step=self.step)
 
     @property
@@ -192,11 +228,16 @@ class Trainer:
     def _log_if_due(self) -> None:
         every = self.schedule.log_every
         if self.step and every and (self.step % every == 0 or self.step == self.schedule.steps):
+            self._read_flags(behind=0)  # flush waits for the device anyway, and a bad number must not reach the log
             self.log("train", self._readings.flush())
 
-    def _update(self, index: int, update: Update) -> list[tuple[str, Tensor]]:
-        """All backward passes of an update, then the steps; returns what must be finite, by name."""
-        checks: list[tuple[str, Tensor]] = []
+    def update(self, index: int, update: Update) -> tuple[list[str], Tensor]:
+        """All backward passes of an update, then the steps.
+
+        Returns:
+            The names of what must be finite, and for each 1 where it was not on some rank, else 0.
+        """
+        bad: dict[str, Tensor] = {}
         last_term = {term.player: term for term in update.terms}
         micros = list(self._micro_batches())
         for number, slots in enumerate(micros):
@@ -206,25 +247,39 @@ class Trainer:
                 player = self.players[term.player]
                 rng = self._rng((*key, term.player, term.name), slots)
                 player.reduce_on_backward(number == len(micros) - 1 and last_term[term.player] is term)
-                with only(term.player, self.players), self._dropout(rng):
-                    checks.append(self._backward(term, batch, rng))
-        for name in update.players:
-            player = self.players[name]
-            result = player.apply(self.step)
-            self._readings.add(f"{name}/gradient_norm", result["gradient_norm"])
-            checks.append((f"the gradient of player {name}", 1 - result["finite"]))
-        return checks
+                with only(term.player, self.players), drawn_from(player.dropouts, rng), _noted(term):
+                    value = self._backward(term, batch, rng)
+                name = f"term {term.name} of player {term.player}"
+                flag = (~value.isfinite()).any().float()
+                bad[name] = torch.maximum(bad[name], flag) if name in bad else flag
+        norms = {name: self.players[name].gradient_norm() for name in update.players}
+        for name, norm in norms.items():
+            self._readings.add(f"{name}/gradient_norm", norm, share=1 / self.accelerator.num_processes)
+            bad[f"the gradient of player {name}"] = 1 - norm.isfinite().float()
+        flags = torch.stack(list(bad.values()))
+        if self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+        self._healthy = self._healthy * (1 - flags.max())
+        for name, norm in norms.items():
+            self.players[name].apply(self.step, norm, self._healthy)
+        return list(bad), flags
 
-    def _backward(self, term: Term, batch: Batch, rng: Rng) -> tuple[str, Tensor]:
-        """One term's forward and backward pass."""
-        with self.accelerator.autocast():
+    def _backward(self, term: Term, batch: Batch, rng: Rng) -> Tensor:
+        """One term's forward and backward pass; its value, one number per sample."""
+        # Without the cache of cast weights: what a pass under no_grad put there would have no gradient in the next one.
+        with self.accelerator.autocast(AutocastKwargs(cache_enabled=False)):
             loss = term.loss(batch, rng)
+        if loss.value.shape != (len(rng.slots),):
+            raise ValueError(
+                f"term {term.name} of player {term.player} must give one value per sample, {len(rng.slots)} here, got "
+                f"shape {tuple(loss.value.shape)}"
+            )
         (loss.value.sum() / self.schedule.batch).backward()
         value = loss.value.detach()
         self._readings.add(f"{term.player}/{term.name}", value)
         for name, reading in loss.readings.items():
             self._readings.add(f"{term.player}/{term.name}/{name}", reading)
-        return f"term {term.name} of player {term.player}", (~value.isfinite()).any().to(torch.float32)
+        return value
 
     def _micro_batches(self) -> Iterator[range]:
         """The slots of this rank, in `accumulate` parts."""
@@ -237,29 +292,18 @@ class Trainer:
     def _rng(self, key: tuple, slots: range) -> Rng:
         return Rng(key, slots, device=self.accelerator.device, dtype=self.dtype)
 
-    @contextmanager
-    def _dropout(self, rng: Rng):
-        """Within the block, dropout masks come from `rng`."""
-        dropouts = [dropout for player in self.players.values() for dropout in player.dropouts]
-        for dropout in dropouts:
-            dropout.rng = rng
-        yield
-        for dropout in dropouts:
-            dropout.rng = None
-
-    def _post_flags(self, checks: list[tuple[str, Tensor]]) -> None:
-        """Send this step's flags towards the host without waiting: one per check, then the signal that came, if any."""
-        names = [name for name, _ in checks]
-        signal_number = torch.tensor(float(self._stop_signal or 0), device=self.accelerator.device)
-        flags = torch.stack([*[flag.float().reshape(()) for _, flag in checks], signal_number])
+    def _post_flags(self, names: list[str], flags: Sequence[Tensor]) -> None:
+        """Send this step's flags towards the host without waiting: one per name, then the signal that came, if any."""
+        signal_number = torch.tensor([float(self._stop_signal or 0)], device=self.accelerator.device)
         if self.accelerator.num_processes > 1:
-            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+            torch.distributed.all_reduce(signal_number, op=torch.distributed.ReduceOp.MAX)
+        sent = torch.cat([*flags, signal_number])
         event = None
-        if flags.is_cuda:
-            flags = flags.to("cpu", non_blocking=True)
+        if sent.is_cuda:
+            sent = sent.to("cpu", non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._flags.append((self.step, names, flags, event))
+        self._flags.append((self.step, names, sent, event))
 
     def _read_flags(self, *, behind: int) -> int | None:
         """Look at the flags of all but the newest `behind` steps; the signal that all ranks agree on, if one came."""
@@ -268,14 +312,15 @@ class Trainer:
             step, names, flags, event = self._flags.pop(0)
             if event is not None:
                 event.synchronize()
-            values = flags.tolist()
-            bad = [name for name, value in zip(names, values, strict=False) if value]
+            *values, signal_number = flags.tolist()
+            bad = [name for name, value in zip(names, values, strict=True) if value]
             if bad:
                 raise NonFinite(
-                    f"step {step}: {bad[0]} was not finite; nothing was updated since, and the last checkpoint in "
-                    f"{self.output / 'checkpoints'} is good. Lower that player's learning rate, or use precision fp32"
+                    f"step {step}: {bad[0]} was not finite; the weights are those from before that update, and the "
+                    f"last checkpoint in {self.output / 'checkpoints'} is good. Running on would fail the same way: "
+                    "begin a new recipe from it, with a lower learning rate for that player or with precision fp32"
                 )
-            stopped = stopped or (int(values[-1]) or None)
+            stopped = stopped or (int(signal_number) or None)
         return stopped
 
     @contextmanager
@@ -284,16 +329,17 @@ class Trainer:
 
         def note(number, frame):
             self._stop_signal = number
-            signal.signal(number, before[number])
+            signal.signal(number, before[number] or signal.SIG_DFL)
 
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+        before = {number: signal.getsignal(number) for number in numbers}
         for number in before:
             signal.signal(number, note)
         try:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, handler or signal.SIG_DFL)
 
 
 class Readings:
@@ -303,25 +349,25 @@ class Readings:
         self._accelerator = accelerator
         self._dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, float] = {}
 
-    def add(self, name: str, values: Tensor) -> None:
-        """Count every number in `values`."""
-        total = values.detach().to(self._dtype).sum()
+    def add(self, name: str, values: Tensor, *, share: float = 1.0) -> None:
+        """Count every number in `values`; as a part of one where several ranks hold the same number."""
+        total = values.detach().to(self._dtype).sum() * share
         self._sums[name] = self._sums[name] + total if name in self._sums else total
-        self._counts[name] = self._counts.get(name, 0) + values.numel()
+        self._counts[name] = self._counts.get(name, 0.0) + values.numel() * share
 
     def flush(self) -> dict[str, float]:
         """The mean of each reading over all ranks since the last flush."""
         names = list(self._sums)
         if not names:
             return {}
-        sums = self._accelerator.reduce(torch.stack([self._sums[name] for name in names])).tolist()
-        ranks = self._accelerator.num_processes
-        means = {name: total / (self._counts[name] * ranks) for name, total in zip(names, sums, strict=True)}
+        totals = torch.stack([self._sums[name] for name in names])
+        counts = torch.tensor([self._counts[name] for name in names], dtype=self._dtype).to(totals.device)
+        sums, counts = self._accelerator.reduce(torch.stack([totals, counts])).tolist()
         self._sums.clear()
         self._counts.clear()
-        return means
+        return {name: total / count for name, total, count in zip(names, sums, counts, strict=True)}
 
     def state(self) -> list[dict[str, list[float]]]:
         """The sums and counts of each rank, for a checkpoint."""
@@ -329,8 +375,21 @@ class Readings:
         return gather_object([own])
 
     def load(self, state: Sequence[Mapping[str, list[float]]]) -> None:
-        """Go on from `state`; another number of ranks than it was saved by starts its interval anew."""
-        own = state[self._accelerator.process_index] if len(state) == self._accelerator.num_processes else {}
-        device = self._accelerator.device
+        """Go on from `state`; with another number of ranks than it was saved by, the first takes over all sums."""
+        rank, device = self._accelerator.process_index, self._accelerator.device
+        if len(state) == self._accelerator.num_processes:
+            own = state[rank]
+        else:
+            own = {name: [sum(s[name][column] for s in state) * (rank == 0) for column in (0, 1)] for name in state[0]}
         self._sums = {name: torch.tensor(total, dtype=self._dtype, device=device) for name, (total, _) in own.items()}
         self._counts = {name: count for name, (_, count) in own.items()}
+
+
+@contextmanager
+def _noted(term: Term):
+    """Within the block, running out of device memory is noted with the term's name, for whoever reports it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        error.add_note(f"term {term.name} of player {term.player}")
+        raise

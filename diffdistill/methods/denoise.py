@@ -17,7 +17,7 @@ from diffdistill.times import LogNormal, TimeSampler
 class Denoise(Method):
     """Denoising score matching on real data.
 
-    Source: Karras et al. 2022, eq. 2 with table 1 (space F, log-normal times); Lipman et al. 2022 (space VELOCITY).
+    Source: Karras et al. 2022, table 1 (space F, log-normal times); Lipman et al. 2022 (space VELOCITY).
     """
 
     @dataclass(frozen=True)

@@ -21,13 +21,20 @@ class DMD2(Method):
     The generator follows the difference of the critic's and the teacher's denoised images of its noised samples; the
     critic keeps up with the generator by denoising those samples. Data-free unless the GAN term is on.
 
-    One step is one generator update. With `interleaved` (the released code) the critic takes `ratio` updates a step, the
-    first of them on the very samples of the generator's update; with `alternating` it takes ratio - 1.
+    One step is one generator update. With `interleaved` (the released code) the critic takes `ratio` updates a step,
+    the first of them on the very samples of the generator's update; with `alternating` it takes ratio - 1.
 
     Deviations from the released code: times are continuous where it draws from 1000 levels, and the normaliser has a
     floor where it maps infinities to large numbers.
 
-    Source: Yin et al. 2024a (DMD2), sections 4.1 to 4.5; Yin et al. 2024b (DMD), eq. 7 and 8.
+    For generators of several steps `stops="rotating"` is ours, and better where it was measured (tests/test_dmd2.py).
+    One critic serves all steps of the grid, so that with random stops it learns the mixture of what the generator makes
+    at each, and the directions vanish as soon as that mixture is the teacher's law: the single steps, the last one too,
+    may share out the modes among themselves. With rotating stops the generator's step s stops at s modulo the length of
+    the grid, and the critic's fresh samples already stop where the generator's next update will. It then leans towards
+    the law it is asked about, and the only rest is at every step having the teacher's law.
+
+    Source: Yin et al. 2024a (DMD2), section 4; Yin et al. 2024b (DMD) for the direction.
     """
 
     @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class DMD2(Method):
         critic_times: TimeSampler = field(default_factory=Uniform)
         critic_space: Prediction = Prediction.F  # the space whose squared error the critic minimises
         normaliser_floor: float = 1e-5
+        stops: Literal["rotating", "random"] = "random"  # where simulation stops; random is the paper's
         gan_weight: float = 0.0  # of the generator's GAN term; 3e-3 for ImageNet-64 in the paper's code
         gan_critic_weight: float = 0.0  # of the discriminator's loss; 1e-2 in the paper's code
         gan_times: TimeSampler = field(default_factory=Uniform)
@@ -55,8 +63,8 @@ class DMD2(Method):
                 raise ValueError(f"method weights must not be negative, got {weights} for match, gan and gan_critic")
             if (self.gan_weight > 0) != (self.gan_critic_weight > 0):
                 raise ValueError(
-                    f"method.gan_weight={self.gan_weight} and method.gan_critic_weight={self.gan_critic_weight} must be "
-                    "both positive (GAN on) or both 0 (off): one without the other trains nothing"
+                    f"method.gan_weight={self.gan_weight} and method.gan_critic_weight={self.gan_critic_weight} must "
+                    "be both positive (GAN on) or both 0 (off): one without the other trains nothing"
                 )
             if self.match_weight == 0 and self.gan_weight == 0:
                 raise ValueError("method.match_weight and method.gan_weight are both 0: the generator has no loss")
@@ -73,6 +81,18 @@ class DMD2(Method):
         self.teacher = networks.teacher
         self.generator = networks.new_generator()
         self.critic = networks.new_critic()
+        fresh = config.ratio - 1  # critic updates on fresh samples
+        if len(self.generator.grid) > 1 and config.stops == "rotating" and fresh == 0:
+            raise ValueError(
+                "method.ratio=1 leaves the critic no update for the generator's next stop; with several steps in "
+                "generator.grid give a ratio of at least 2, or stops=random"
+            )
+        for role, process in (("teacher", self.teacher.process), ("critic", self.critic.process)):
+            if not process.same_law(self.generator.process):
+                raise ValueError(
+                    f"the {role} speaks {process} and the generator {self.generator.process}, with another alpha or "
+                    "sigma: scores of one noisy sample need one law; wrap a denoiser by Denoiser.seen_in(process)"
+                )
 
     def players(self) -> Mapping[str, PlayerSpec]:
         return {"generator": PlayerSpec.of(self.generator.denoiser), "critic": PlayerSpec.of(self.critic)}
@@ -84,27 +104,28 @@ class DMD2(Method):
         made: list[Tensor] = []  # the generator's samples, for the critic's term of the same update
 
         def match(batch: Batch, rng: Rng) -> Loss:
-            fake = self._fake(batch["conditions"].cond, rng)
+            fake = self._fake(batch["conditions"].cond, rng, step)
             made[:] = [fake.detach()]
             return self._generator_loss(fake, batch["conditions"].cond, rng)
 
         def fit_made(batch: Batch, rng: Rng) -> Loss:
             return self._critic_loss(made.pop(), batch, rng)
 
-        generate, fit_new = Term("generator", "match", match), Update((Term("critic", "fit", self._fit),))
+        def fit(batch: Batch, rng: Rng) -> Loss:
+            with torch.no_grad():
+                fake = self._fake(batch["conditions"].cond, rng, step + 1)
+            return self._critic_loss(fake, batch, rng)
+
+        generate, fit_new = Term("generator", "match", match), Update((Term("critic", "fit", fit),))
         if self.config.time_scale == "alternating":
             return (Update((generate,)), *[fit_new] * (self.config.ratio - 1))
         return (Update((generate, Term("critic", "fit", fit_made))), *[fit_new] * (self.config.ratio - 1))
 
-    def _fake(self, cond: Condition, rng: Rng) -> Tensor:
-        """Samples of the generator, after as many simulated steps as all ranks agree on."""
-        stop = rng.shared.integer(len(self.generator.grid))
+    def _fake(self, cond: Condition, rng: Rng, step: int) -> Tensor:
+        """Samples for the generator's update at `step`, after as many simulated steps as all ranks agree on."""
+        steps = len(self.generator.grid)
+        stop = step % steps if self.config.stops == "rotating" else rng.shared.integer(steps)
         return self.generator.rollout(self.generator.prior(rng), cond, rng, stop=stop)
-
-    def _fit(self, batch: Batch, rng: Rng) -> Loss:
-        with torch.no_grad():
-            fake = self._fake(batch["conditions"].cond, rng)
-        return self._critic_loss(fake, batch, rng)
 
     def _generator_loss(self, fake: Tensor, cond: Condition, rng: Rng) -> Loss:
         config, process = self.config, self.generator.process

@@ -1,0 +1,327 @@
+"""What the command line does, as functions: distill, load, sample, evaluate, export, check.
+
+from diffdistill import api
+
+run = api.distill("configs/fashion/dmd2.yaml", ["train.steps=100"])
+samples, labels = api.sample(run, 40)
+api.export(run, "my-pipeline")
+"""
+
+import dataclasses
+import shutil
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill import build, checkpoint, run, trial
+from diffdistill.backbones.folder import MEANING
+from diffdistill.config import (
+    RAW,
+    Config,
+    ConfigError,
+    DataConfig,
+    EvaluateConfig,
+    TeacherConfig,
+    flat,
+    load_config,
+    parse,
+    plain,
+    typed,
+)
+from diffdistill.evaluation.features import MOMENTS_FILE, Extractor, default_extractor
+from diffdistill.evaluation.frechet import load_moments
+from diffdistill.evaluation.metrics import Reference, build_reference, evaluate_images
+from diffdistill.evaluation.sampling import Solved, sample_images
+from diffdistill.export import Report
+from diffdistill.export import export as write_pipeline
+from diffdistill.generator import Generator
+from diffdistill.hooks import Evaluation, Pictures
+from diffdistill.teacher import Teacher
+from diffdistill.trainer import Every
+
+TEACHER_STEPS = 18  # of a teacher's folder, where nothing else is asked for
+SAMPLE_BATCH = 64
+
+
+class Stopped(RuntimeError):
+    """A run that saved and left because a signal asked it to."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.number = number
+
+
+def distill(
+    config: Config | Mapping | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    say: Callable[[str], None] = print,
+    wandb_mode: str = "offline",
+) -> Path:
+    """Train to the end, going on by itself from what `output` holds of the same recipe; the run's folder.
+
+    Args:
+        config: a YAML file, plain data, or a Config.
+        overrides: key=value each, for a YAML file.
+        say: takes a line on what happens, from the first process alone.
+        wandb_mode: of the wandb tracker, where `trackers` names it.
+    Raises:
+        ConfigError, CheckpointError: a mistake, before anything was written.
+        Stopped: after a signal; everything is saved.
+        NonFinite, OutOfMemory: the run cannot go on as it is.
+    """
+    config = as_config(config, overrides)
+    output = Path(config.output)
+    run.look(config)
+    accelerate = build.accelerator(config)
+    trainer = build.trainer(
+        config, accelerate, output=output, schedule=build.schedule(config), hooks=_hooks(config, accelerate.device)
+    )
+    tell = say if trainer.main else lambda line: None
+    found = run.enter(config, writes=trainer.main)
+    accelerate.wait_for_everyone()
+    if found is not None:
+        trainer.resume(found)
+        tell(f"going on from step {trainer.step} of {config.train.steps} in {found}")
+    if config.trackers:
+        scalars = {key: value for key, value in flat(plain(config)).items() if isinstance(value, str | int | float)}
+        options = {"wandb": {"mode": wandb_mode, "dir": str(output), "name": output.name}}
+        accelerate.init_trackers("diffdistill", config=scalars, init_kwargs=options)
+    try:
+        with build.memory_for("training"):
+            stopped = trainer.run()
+    except build.OutOfMemory as error:
+        held = trial.memory_line(trial.plan_memory(config))
+        raise build.OutOfMemory(f"{error}. Weights, gradients and optimizers hold: {held}") from error
+    accelerate.end_training()
+    if stopped:
+        raise Stopped(
+            stopped,
+            f"stopped by {signal.Signals(stopped).name} at step {trainer.step} of {config.train.steps}; everything is "
+            f"saved in {checkpoint.latest(output)}. Run the same command again to go on",
+        )
+    tell(f"step {trainer.step} of {config.train.steps}: {output} is complete")
+    return output
+
+
+def as_config(config: Config | Mapping | str | Path, overrides: Sequence[str] = ()) -> Config:
+    """A checked Config from a YAML file with overrides, from plain data, or as it is."""
+    if isinstance(config, str | Path):
+        return load_config(Path(config), overrides)
+    if overrides:
+        raise ConfigError("overrides go with a YAML file; change the mapping or Config itself")
+    return config if isinstance(config, Config) else parse(config)
+
+
+def load(folder: str | Path, *, weights: str = "", device: str = "cpu") -> Generator | Teacher:
+    """A run's generator, or the teacher of any other folder that `teacher.path` may name, ready to sample.
+
+    Args:
+        folder: the output of `distill`, or a denoiser's or diffusers' folder.
+        weights: of a run: "raw", or the name of an average; empty for its first average, or raw where it has none.
+    Raises:
+        ConfigError, CheckpointError: nothing to load there, or it does not fit.
+    """
+    folder = Path(folder)
+    if run.is_run(folder):
+        config = run.read_config(folder)
+        return build.generator(config, _trained(folder, config, weights)[0].to(device))
+    if weights not in ("", RAW):
+        raise ConfigError(f"{folder} is no run, so weights={weights!r} cannot be chosen; leave it out")
+    return Teacher(build.teacher_denoiser(TeacherConfig(str(folder)), device=device)[0])
+
+
+def sample(
+    source: str | Path | Generator | Solved,
+    count: int,
+    *,
+    seed: int = 0,
+    labels: Sequence[int] | None = None,
+    weights: str = "",
+    teacher_steps: int = 0,
+    batch: int = SAMPLE_BATCH,
+    device: str = "cpu",
+) -> tuple[Tensor, Tensor | None]:
+    """Samples (count, C, H, W) in about [-1, 1], each a function of the seed and its index alone, and their labels.
+
+    Args:
+        source: a run, a denoiser's folder, or something loaded.
+        labels: one for each sample; None for i % classes.
+        weights: as for `load`.
+        teacher_steps: of the PF-ODE: of a denoiser's folder, of a `denoise` run, or, for a run with a teacher, of that
+            teacher instead of its student. 0 for the run's own grid, or 18 for a denoiser's folder.
+    """
+    if isinstance(source, str | Path):
+        source = opened(Path(source), weights=weights, teacher_steps=teacher_steps, device=device)
+    return sample_images(source, count, seed=seed, batch=batch, labels=labels)
+
+
+def opened(folder: Path, *, weights: str = "", teacher_steps: int = 0, device: str = "cpu") -> Generator | Solved:
+    """What a folder holds, with its steps; the arguments are those of `sample`."""
+    if teacher_steps < 0:
+        raise ConfigError(f"teacher_steps must not be negative, got {teacher_steps}")
+    if teacher_steps and run.is_run(folder):
+        config = run.read_config(folder)
+        if config.teacher is not None and build.METHODS[config.method_name].needs_teacher:
+            return Solved(build.teacher(config, torch.device(device)), teacher_steps)
+    loaded = load(folder, weights=weights, device=device)
+    if isinstance(loaded, Teacher) and not (teacher_steps or (folder / MEANING).is_file()):
+        raise ConfigError(f"{folder} does not say in how many steps it is sampled; give them as the teacher's steps")
+    if isinstance(loaded, Generator):
+        return Solved(Teacher(loaded.denoiser), teacher_steps) if teacher_steps else loaded
+    return Solved(loaded, teacher_steps or TEACHER_STEPS)
+
+
+def evaluate(
+    source: str | Path,
+    *,
+    weights: str = "",
+    teacher_steps: int = 0,
+    data: Mapping | None = None,
+    settings: Mapping | None = None,
+    device: str = "cpu",
+) -> dict[str, float | int | str]:
+    """The numbers of `evaluation.metrics.evaluate_images`, of samples against real images.
+
+    Args:
+        source: a run or a denoiser's folder.
+        weights, teacher_steps: as for `sample`.
+        data: keys of DataConfig; None for the run's own.
+        settings: keys of EvaluateConfig that differ from the run's own.
+    Raises:
+        ConfigError, ValueError: no extractor or no real images are named, or something does not fit.
+    """
+    folder = Path(source)
+    own = run.read_config(folder) if run.is_run(folder) else None
+    before = plain(EvaluateConfig() if own is None else own.evaluate)
+    chosen = typed(EvaluateConfig, before | dict(settings or {}), "evaluate")
+    if data is None and own is None:
+        raise ConfigError(
+            f"{folder} does not say which real images to compare with; name them, e.g. data.name=fashion_mnist"
+        )
+    real = own.data if data is None else typed(DataConfig, dict(data), "data")
+    extractor, reference = yardstick(chosen, real, cache=folder / "cache", device=device)
+    samples, labels = sample(
+        folder,
+        chosen.samples,
+        seed=chosen.seed,
+        weights=weights,
+        teacher_steps=teacher_steps,
+        batch=chosen.batch,
+        device=device,
+    )
+    return evaluate_images(samples.float(), labels, reference, extractor)
+
+
+def yardstick(config: EvaluateConfig, data: DataConfig, *, cache: Path, device: str) -> tuple[Extractor, Reference]:
+    """The extractor that a config names, and the real images seen through it.
+
+    The training images of `data` are behind every metric but the Frechet distance, which takes the moments that lie in
+    the extractor's folder, if there are any: those are of a full training set.
+    """
+    if not config.features:
+        raise ConfigError(
+            "evaluate.features is missing; name the extractor's folder, e.g. checkpoints/fashion-features"
+        )
+    extractor = default_extractor(Path(config.features), device=device)
+    reference = build_reference(
+        build.images(data, "train"), extractor, cache=Path(config.cache) if config.cache else cache
+    )
+    known = Path(config.features) / MOMENTS_FILE
+    if data.name == "fashion_mnist" and known.is_file():
+        reference = reference.with_moments(load_moments(known, checksum=extractor.checksum))
+    return extractor, reference
+
+
+def export(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    weights: str = "",
+    half: bool = False,
+    vae: nn.Module | None = None,
+    replace: bool = False,
+) -> Report:
+    """Write a run's generator as a stock diffusers pipeline, reopened and compared; what was written.
+
+    Args:
+        weights: as for `load`.
+        half: weights in float16.
+        vae: an AutoencoderKL, for generators of latents.
+        replace: put it in the place of an earlier export.
+    Raises:
+        Refusal: no stock pipeline expresses this generator; the message has the reasons.
+    """
+    generator = load(source, weights=weights)
+    if not isinstance(generator, Generator):
+        raise ConfigError(f"{source} is a denoiser's folder, which has no grid to sample on; export a run")
+    dtype = torch.float16 if half else torch.float32
+    return write_pipeline(generator, Path(folder), dtype=dtype, vae=vae, replace=replace)
+
+
+def export_denoiser(
+    source: str | Path, folder: str | Path, *, weights: str = "", half: bool = False, replace: bool = False
+) -> Path:
+    """Write a run's network with its meaning, as a folder that `teacher.path` and `load` read; the folder.
+
+    Args:
+        weights, half, replace: as for `export`.
+    """
+    source, folder = Path(source), Path(folder)
+    if folder.exists() and not (replace and (folder / MEANING).is_file()):
+        raise ConfigError(f"{folder} exists; choose another folder, or replace an earlier export of this kind")
+    config = run.read_config(source)
+    model, meaning = _trained(source, config, weights)
+    beside = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    build.write_denoiser(model, meaning, beside, half=half)
+    if folder.exists():
+        shutil.rmtree(folder)
+    beside.rename(folder)
+    return folder
+
+
+def check(config: Config | Mapping | str | Path, overrides: Sequence[str] = (), *, run_steps: bool = False) -> str:
+    """A report on what a config will do: its networks and their memory; with `run_steps`, a trial of a few steps too.
+
+    Nothing is written into the output folder.
+
+    Raises:
+        ConfigError: the mistake that the run would end with.
+    """
+    config = as_config(config, overrides)
+    run.look(config)
+    report = [f"method {config.method_name}, output {config.output}", trial.memory_table(trial.plan_memory(config))]
+    if run_steps:
+        with build.memory_for("the trial"):
+            report.append(str(trial.trial(config)))
+    return "\n".join(report)
+
+
+def _trained(folder: Path, config: Config, weights: str):
+    """The denoiser of a run with the weights asked for, and its meaning."""
+    chosen = weights or next(iter(config.averages), RAW)
+    if chosen not in (RAW, *config.averages):
+        raise ConfigError(f"{folder} has no weights {chosen!r}; known are {', '.join((RAW, *config.averages))}")
+    if config.generator.network is not None or config.teacher is not None:  # all weights are replaced below
+        config = dataclasses.replace(config, generator=dataclasses.replace(config.generator, init_from=""))
+    model, meaning = build.starting_denoiser(config)
+    model = model.to(build.DTYPES[config.train.precision])
+    build.initialise(model, folder, chosen)
+    return model, meaning
+
+
+def _hooks(config: Config, device: torch.device) -> list[Every]:
+    """Pictures and evaluation at the intervals of the config."""
+    hooks = []
+    if config.pictures.every:
+        hooks.append(Every(config.pictures.every, Pictures(config.pictures, SAMPLE_BATCH)))
+    if config.evaluate.every:
+        wanted = config.evaluate
+        extractor, reference = yardstick(wanted, config.data, cache=Path(config.output) / "cache", device=str(device))
+        act = Evaluation(wanted.samples, wanted.seed, wanted.batch, reference, extractor)
+        hooks.append(Every(wanted.every, act))
+    return hooks

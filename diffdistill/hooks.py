@@ -1,0 +1,81 @@
+"""What a run does at intervals besides training: pictures, and evaluation on the weights that will be used."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffdistill.config import PicturesConfig
+from diffdistill.evaluation.features import Extractor
+from diffdistill.evaluation.grid import image_grid
+from diffdistill.evaluation.metrics import Reference, evaluate_images
+from diffdistill.evaluation.sampling import sample_images
+from diffdistill.trainer import Trainer
+
+PICTURE_SEED = 0
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Writes OUTPUT/samples/step-N.png, always of the same noises and classes."""
+
+    config: PicturesConfig
+    batch: int
+
+    def __call__(self, trainer: Trainer, step: int) -> None:
+        samples, _ = shown(trainer, self.config.count, seed=PICTURE_SEED, batch=self.batch)
+        if trainer.main:
+            path = trainer.output / "samples" / f"step-{step:08d}.png"
+            write_grid(samples, path, columns=self.config.columns, scale=self.config.scale)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The numbers of `evaluation.metrics`, of samples that the same seeds make every time."""
+
+    samples: int
+    seed: int
+    batch: int
+    reference: Reference
+    extractor: Extractor
+
+    def __call__(self, trainer: Trainer, step: int) -> Mapping[str, float] | None:
+        samples, labels = shown(trainer, self.samples, seed=self.seed, batch=self.batch)
+        if not trainer.main:
+            return None
+        return evaluate_images(samples.float(), labels, self.reference, self.extractor)
+
+
+def shown(trainer: Trainer, count: int, *, seed: int, batch: int) -> tuple[Tensor, Tensor | None]:
+    """Samples of the generator under its first average, or as it is where there is none, joined over all ranks."""
+    player, accelerator = trainer.players["generator"], trainer.accelerator
+    average = next(iter(player.averages.values()), None)
+    with nullcontext() if average is None else average.swapped_in():
+        samples, labels = sample_images(
+            trainer.method.generator,
+            count,
+            seed=seed,
+            batch=batch,
+            rank=accelerator.process_index,
+            ranks=accelerator.num_processes,
+        )
+    samples = _joined(accelerator, samples)[:count]
+    return samples, None if labels is None else _joined(accelerator, labels)[:count]
+
+
+def _joined(accelerator, tensor: Tensor) -> Tensor:
+    return accelerator.gather(tensor.to(accelerator.device)).cpu() if accelerator.num_processes > 1 else tensor
+
+
+def write_grid(samples: Tensor, path: Path, *, columns: int, scale: int) -> None:
+    """A PNG of the samples (N, 3, H, W), row by row."""
+    if samples.ndim != 4 or samples.shape[1] != 3:
+        raise ValueError(
+            f"pictures need samples of shape (N, 3, H, W), got {tuple(samples.shape)}; for other data set "
+            "pictures.every=0"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image_grid(samples.to(torch.float32), columns=columns, scale=scale).save(path)

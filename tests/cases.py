@@ -1,0 +1,176 @@
+"""Every method at toy size: one entry per method or variant, so that the contract in test_contract.py covers it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from diffdistill.backbones.diffusers import DiffusersBackbone
+from diffdistill.backbones.mlp import MLP
+from diffdistill.critic import Critic, DiscriminatorHead
+from diffdistill.data import Labels, Stream, Streams
+from diffdistill.denoiser import Denoiser
+from diffdistill.generator import Generator
+from diffdistill.method import Method, Networks, PlayerSpec, Sample
+from diffdistill.methods import METHODS
+from diffdistill.player import ConstantDecay, LearningRate, Player, PowerDecay
+from diffdistill.prediction import Prediction
+from diffdistill.process import VE
+from diffdistill.rng import Rng
+from diffdistill.teacher import Teacher
+from diffdistill.trainer import Schedule, Trainer
+
+NUM_CLASSES = 3
+
+
+@dataclass(frozen=True)
+class Labelled(Stream):
+    """Rows of a tensor with the class of each, drawn uniformly."""
+
+    points: Tensor
+
+    def draw(self, rng: Rng) -> Sample:
+        index = rng.integers(len(self.points))
+        return Sample(x0=self.points[index].to(rng.dtype), cond={"label": index % NUM_CLASSES})
+
+
+def mlp() -> MLP:
+    return MLP(width=16, depth=2, num_classes=NUM_CLASSES, dropout=0.1)
+
+
+def unet() -> DiffusersBackbone:
+    from diffusers import UNet2DModel
+
+    network = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
+        norm_num_groups=4,
+        dropout=0.1,
+        num_class_embeds=NUM_CLASSES,
+    )
+    return DiffusersBackbone(network)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method with its options and a toy backbone."""
+
+    method: str
+    options: dict
+    backbone: Callable[[], nn.Module] = mlp
+    grid: tuple[float, ...] = (20.0, 1.0)
+    guidance: float = 2.0
+    taps: tuple[str, ...] = ("layers.0", "layers.1")
+    trunk: str = "critic"
+
+    def make(self, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Method:
+        """The method with networks of random weights."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            first, second = self._denoiser(dtype), self._denoiser(dtype)
+            head = None
+            if self.options.get("gan_weight"):
+                x = torch.zeros(1, *second.sample_shape, dtype=dtype)
+                cond = {"label": torch.zeros(1, dtype=torch.long)}
+                with torch.no_grad():
+                    _, features = second.with_features(x, torch.ones(1, dtype=torch.float64), cond, taps=self.taps)
+                head = DiscriminatorHead([feature.shape[1:] for feature in features]).to(dtype)
+            teacher = Teacher(self._denoiser(dtype), guidance=self.guidance)
+        trunk = teacher.denoiser if self.trunk == "teacher" else None
+        kind = METHODS[self.method]
+        networks = Networks(
+            lambda: Generator(first, self.grid),
+            lambda: Critic(second, head=head, taps=self.taps if head else (), trunk=trunk if head else None),
+            teacher if kind.needs_teacher else None,
+        )
+        return kind(kind.Config(**self.options), networks)
+
+    def _denoiser(self, dtype: torch.dtype) -> Denoiser:
+        backbone = self.backbone()
+        for parameter in backbone.parameters():  # some layers start at zero, where a wrong gradient would not show
+            nn.init.normal_(parameter, std=0.2)
+        return Denoiser(backbone, VE(sigma_max=20.0), Prediction.F, clock="edm", scale_input=True).to(dtype)
+
+    def streams(self, method: Method) -> Streams:
+        """The streams that the method reads."""
+        shape = method.generator.denoiser.sample_shape
+        points = torch.randn(50, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 2
+        known = {"conditions": Labels(NUM_CLASSES), "images": Labelled(points)}
+        return Streams({name: known[name] for name in method.streams()})
+
+
+CASES: dict[str, Case] = {
+    "denoise": Case("denoise", {}),
+    "dmd2": Case("dmd2", {"ratio": 2}),
+    "dmd2-alternating-gan": Case(
+        "dmd2", {"time_scale": "alternating", "ratio": 2, "gan_weight": 0.1, "gan_critic_weight": 0.1}
+    ),
+    "dmd2-gan-on-teacher": Case(
+        "dmd2", {"ratio": 1, "gan_weight": 0.1, "gan_critic_weight": 0.1}, grid=(20.0,), trunk="teacher"
+    ),
+}
+UNET = Case(
+    "dmd2",
+    {"ratio": 2, "gan_weight": 0.1, "gan_critic_weight": 0.1},
+    backbone=unet,
+    guidance=1.0,
+    taps=("network.mid_block",),
+)
+
+
+def make_player(
+    spec: PlayerSpec, *, learning_rate: float = 1e-2, max_norm: float = 1.0, reduce: Callable | None = None
+) -> Player:
+    parameters = list(spec.parameters.values())
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.5, 0.9), weight_decay=0.1, fused=True)
+    rate = LearningRate(learning_rate, warmup_steps=2, decay="cosine", steps=20)
+    return Player(spec, optimizer, rate, max_norm=max_norm, reduce=reduce)
+
+
+def make_trainer(
+    case: Case,
+    output: Path,
+    *,
+    schedule: Schedule,
+    shard: Callable[[PlayerSpec], PlayerSpec] | None = None,
+    dtype: torch.dtype = torch.float64,
+    mixed_precision: str = "no",
+    data: Streams | None = None,
+    hooks=(),
+    seed: int = 0,
+    **options,
+) -> Trainer:
+    """A real Trainer of the case, on the CPU; the player named generator keeps two averages."""
+    AcceleratorState._reset_state()  # it is global, and refuses a second precision
+    accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
+    method = case.make(dtype=dtype)
+    specs = method.players()
+    if shard is not None:
+        specs = {name: shard(spec) for name, spec in specs.items()}
+    reduce = torch.distributed.all_reduce if accelerator.num_processes > 1 and shard is None else None
+    players = {name: make_player(spec, reduce=reduce, **options) for name, spec in specs.items()}
+    players["generator"].average("constant", ConstantDecay(0.9))
+    players["generator"].average("power", PowerDecay(0.1))
+    data = case.streams(method) if data is None else data
+    return Trainer(method, players, data, accelerator, schedule, seed=seed, output=output, hooks=hooks, dtype=dtype)
+
+
+def all_tensors(trainer: Trainer) -> dict[str, Tensor]:
+    """A copy of everything that training changes: weights, averages, and the optimizers' moments and counts."""
+    from diffdistill.checkpoint import parts
+    from diffdistill.player import whole
+
+    return {
+        f"{name}/{file}/{key}": whole(tensor.detach()).clone()
+        for name, player in trainer.players.items()
+        for file, tensors in parts(player).items()
+        for key, tensor in tensors.items()
+    }

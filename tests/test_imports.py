@@ -1,0 +1,120 @@
+"""Who may import whom, and that `import diffdistill` is light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "diffdistill"
+
+# What each file may import: names of our own modules without "diffdistill.", and packages beyond torch, numpy, pillow,
+# safetensors and the standard library. A folder's name stands for all of its files; "*" is everything of ours.
+TENSORS = {"process", "prediction", "times", "rng", "losses", "solvers"}
+NETWORKS = TENSORS | {"denoiser", "teacher", "generator", "critic"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "__init__": {"api"},
+    "__main__": {"cli"},
+    "process": set(),
+    "rng": set(),
+    "prediction": {"process"},
+    "times": {"process"},
+    "solvers": {"process", "prediction"},
+    "denoiser": {"process", "prediction"},
+    "losses": {"process", "prediction", "denoiser"},
+    "teacher": TENSORS | {"denoiser"},
+    "generator": TENSORS | {"denoiser"},
+    "critic": TENSORS | {"denoiser"},
+    "method": NETWORKS,
+    "methods": NETWORKS | {"method", "methods"},
+    "player": {"method", "rng"},
+    "checkpoint": {"player", "method"},
+    "trainer": {"checkpoint", "player", "method", "rng", "accelerate", "tqdm"},
+    "config": {"denoiser", "generator", "methods", "player", "prediction", "times", "omegaconf", "yaml"},
+    "data": {"data", "method", "rng"},
+    "evaluation": {"evaluation", "data", "generator", "teacher", "rng", "tqdm"},
+    "backbones": {"backbones", "denoiser", "process", "prediction", "diffusers", "huggingface_hub"},
+    "export": {"export", "denoiser", "generator", "process", "prediction", "backbones", "rng", "diffusers"},
+    "run": {"__init__", "checkpoint", "config"},
+    "hooks": {"config", "evaluation", "trainer"},
+    "trial": {"build", "config", "method", "methods", "trainer"},
+    "build": {"*", "accelerate"},
+    "api": {"*"},
+    "cli": {"api", "build", "config", "hooks", "methods", "trainer"},
+    "demo": {"api", "config", "data", "evaluation", "generator"},
+}
+ANYWHERE = {"torch", "numpy", "PIL", "safetensors", *sys.stdlib_module_names}
+ONLY_INSIDE_FUNCTIONS = {"diffusers", "huggingface_hub", "omegaconf", "wandb"}
+
+
+def room(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(name, whether it is at module level) of everything that a file imports; our own without "diffdistill."."""
+    tree = ast.parse(path.read_text())
+    top = {id(node) for node in tree.body}
+    found: list[tuple[str, bool]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import; write the full name"
+            names = [node.module]
+            if node.module == "diffdistill":
+                names = [f"diffdistill.{alias.name.replace('__version__', '__init__')}" for alias in node.names]
+        else:
+            continue
+        found += [(name, id(node) in top) for name in names]
+    return found
+
+
+def own(name: str) -> str:
+    return name.split(".")[1] if "." in name else "__init__"
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_every_file_imports_only_what_its_room_may(path):
+    assert room(path) in MAY_IMPORT, "a new room: say in MAY_IMPORT and in the design what it may import"
+    allowed = MAY_IMPORT[room(path)]
+    for name, at_top in imports(path):
+        package = name.split(".")[0]
+        if package == "diffdistill":
+            assert "*" in allowed or own(name) in allowed, f"{path.name} may not import {name}"
+        else:
+            assert package in ANYWHERE | allowed, f"{path.name} may not import {name}"
+        assert not (at_top and package in ONLY_INSIDE_FUNCTIONS), f"{path.name} must import {name} inside a function"
+
+
+def test_no_environment_is_read_outside_the_command_line():
+    for path in FILES:
+        text = path.read_text()
+        assert path.name == "cli.py" or ("os.environ" not in text and "getenv" not in text), path
+
+
+def test_importing_the_package_loads_torch_and_nothing_else_heavy():
+    script = (
+        "import sys, diffdistill\n"
+        "assert 'torch' in sys.modules\n"
+        "heavy = {'diffusers', 'transformers', 'accelerate', 'wandb', 'tensorboard', 'triton', 'omegaconf', 'PIL'}\n"
+        "sys.exit(', '.join(heavy & sys.modules.keys()) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_functions_are_at_hand_and_a_wrong_name_says_which():
+    import diffdistill
+    from diffdistill import api
+
+    for name in diffdistill._FROM_API:
+        assert getattr(diffdistill, name) is getattr(api, name)
+    with pytest.raises(AttributeError, match="distill, evaluate, load, sample"):
+        _ = diffdistill.destill
