@@ -54,7 +54,6 @@ def sample_images(
         labels: the class of each sample, count of them, in [0, classes); None for i % classes.
         rank, ranks: this process's place. Shares are consecutive, and padded by the last sample to one length, since
             sharded networks need every rank at every forward; cut the joined shares to `count`.
-        progress: shown beside a bar; empty for none.
         progress: what a bar says while sampling; empty for none.
     Returns:
         samples of shape (N, *sample_shape), in the network's dtype, and int64 labels (N,), or None without classes.
@@ -69,16 +68,14 @@ def sample_images(
     own = [min(index, count - 1) for index in range(rank * length, (rank + 1) * length)]
     parameter = next(denoiser.parameters())
     made = []
-    with torch.no_grad(), evaluating(denoiser):
-        bar = tqdm(total=length, desc=progress, unit="image", leave=False, disable=not progress)
-        bar = tqdm(range(0, length, batch), desc=progress, disable=not progress, leave=False, dynamic_ncols=True)
-        for first in bar:
+    bar = tqdm(total=length, desc=progress, unit="image", leave=False, disable=not progress, dynamic_ncols=True)
+    with torch.no_grad(), evaluating(denoiser), bar:
+        for first in range(0, length, batch):
             slots = own[first : first + batch]
             cond = {} if wanted is None else {"label": wanted[slots].to(parameter.device)}
             rng = Rng((seed, "sample"), slots, device=parameter.device, dtype=parameter.dtype)
             made.append(_draw(source, rng, cond).cpu())
             bar.update(len(slots))
-        bar.close()
     return torch.cat(made), None if wanted is None else wanted[own]
 
 
