@@ -16,31 +16,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diffdistill import build, checkpoint, run, trial
+from diffdistill import build, checkpoint, networks, run, trial
 from diffdistill.backbones.folder import MEANING
-from diffdistill.config import (
-    RAW,
-    Config,
-    ConfigError,
-    DataConfig,
-    EvaluateConfig,
-    TeacherConfig,
-    flat,
-    load_config,
-    parse,
-    plain,
-    typed,
-)
+from diffdistill.config import Config, ConfigError, DataConfig, EvaluateConfig, TeacherConfig
 from diffdistill.evaluation.features import MOMENTS_FILE, Extractor, default_extractor
 from diffdistill.evaluation.frechet import load_moments
 from diffdistill.evaluation.metrics import Reference, build_reference, evaluate_images
 from diffdistill.evaluation.sampling import Solved, sample_images
-from diffdistill.export import Report
-from diffdistill.export import export as write_pipeline
+from diffdistill.exporting import TOLERANCE, Report, write_pipeline
 from diffdistill.generator import Generator
 from diffdistill.hooks import Evaluation, Pictures
+from diffdistill.memory import OutOfMemory, memory_for
+from diffdistill.methods import METHODS
+from diffdistill.player import RAW
+from diffdistill.recipe import flat, load_config, parse, plain, typed
 from diffdistill.teacher import Teacher
-from diffdistill.trainer import Every
+from diffdistill.trainer import Every, Trainer
 
 TEACHER_STEPS = 18  # of a teacher's folder, where nothing else is asked for
 SAMPLE_BATCH = 64
@@ -80,7 +71,13 @@ def distill(
     trainer = build.trainer(
         config, accelerate, output=output, schedule=build.schedule(config), hooks=_hooks(config, accelerate.device)
     )
-    tell = say if trainer.main else lambda line: None
+    with run.held(output, writes=trainer.main):
+        return _train(config, trainer, say if trainer.main else lambda line: None, wandb_mode)
+
+
+def _train(config: Config, trainer: Trainer, tell: Callable[[str], None], wandb_mode: str) -> Path:
+    """Go on from what the output holds, to the end; the output."""
+    output, accelerate = trainer.output, trainer.accelerator
     found = run.enter(config, writes=trainer.main)
     accelerate.wait_for_everyone()
     if found is not None:
@@ -91,11 +88,11 @@ def distill(
         options = {"wandb": {"mode": wandb_mode, "dir": str(output), "name": output.name}}
         accelerate.init_trackers("diffdistill", config=scalars, init_kwargs=options)
     try:
-        with build.memory_for("training"):
+        with memory_for("training"):
             stopped = trainer.run()
-    except build.OutOfMemory as error:
+    except OutOfMemory as error:
         held = trial.memory_line(trial.plan_memory(config))
-        raise build.OutOfMemory(f"{error}. Weights, gradients and optimizers hold: {held}") from error
+        raise OutOfMemory(f"{error}. Weights, gradients and optimizers hold: {held}") from error
     accelerate.end_training()
     if stopped:
         raise Stopped(
@@ -128,10 +125,10 @@ def load(folder: str | Path, *, weights: str = "", device: str = "cpu") -> Gener
     folder = Path(folder)
     if run.is_run(folder):
         config = run.read_config(folder)
-        return build.generator(config, _trained(folder, config, weights)[0].to(device))
+        return networks.generator(config, _trained(folder, config, weights)[0].to(device))
     if weights not in ("", RAW):
         raise ConfigError(f"{folder} is no run, so weights={weights!r} cannot be chosen; leave it out")
-    return Teacher(build.teacher_denoiser(TeacherConfig(str(folder)), device=device)[0])
+    return Teacher(networks.teacher_denoiser(TeacherConfig(str(folder)), device=device)[0])
 
 
 def sample(
@@ -165,8 +162,8 @@ def opened(folder: Path, *, weights: str = "", teacher_steps: int = 0, device: s
         raise ConfigError(f"teacher_steps must not be negative, got {teacher_steps}")
     if teacher_steps and run.is_run(folder):
         config = run.read_config(folder)
-        if config.teacher is not None and build.METHODS[config.method_name].needs_teacher:
-            return Solved(build.teacher(config, torch.device(device)), teacher_steps)
+        if config.teacher is not None and METHODS[config.method_name].needs_teacher:
+            return Solved(networks.teacher(config, torch.device(device)), teacher_steps)
     loaded = load(folder, weights=weights, device=device)
     if isinstance(loaded, Teacher) and not (teacher_steps or (folder / MEANING).is_file()):
         raise ConfigError(f"{folder} does not say in how many steps it is sampled; give them as the teacher's steps")
@@ -243,6 +240,7 @@ def export(
     weights: str = "",
     half: bool = False,
     vae: nn.Module | None = None,
+    tolerance: float = TOLERANCE,
     replace: bool = False,
 ) -> Report:
     """Write a run's generator as a stock diffusers pipeline, reopened and compared; what was written.
@@ -251,6 +249,7 @@ def export(
         weights: as for `load`.
         half: weights in float16.
         vae: an AutoencoderKL, for generators of latents.
+        tolerance: the largest absolute difference allowed between the pipeline's samples and the generator's.
         replace: put it in the place of an earlier export.
     Raises:
         Refusal: no stock pipeline expresses this generator; the message has the reasons.
@@ -259,7 +258,7 @@ def export(
     if not isinstance(generator, Generator):
         raise ConfigError(f"{source} is a denoiser's folder, which has no grid to sample on; export a run")
     dtype = torch.float16 if half else torch.float32
-    return write_pipeline(generator, Path(folder), dtype=dtype, vae=vae, replace=replace)
+    return write_pipeline(generator, Path(folder), dtype=dtype, vae=vae, tolerance=tolerance, replace=replace)
 
 
 def export_denoiser(
@@ -277,7 +276,7 @@ def export_denoiser(
     model, meaning = _trained(source, config, weights)
     beside = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(beside, ignore_errors=True)
-    build.write_denoiser(model, meaning, beside, half=half)
+    networks.write_denoiser(model, meaning, beside, half=half)
     if folder.exists():
         shutil.rmtree(folder)
     beside.rename(folder)
@@ -296,7 +295,7 @@ def check(config: Config | Mapping | str | Path, overrides: Sequence[str] = (), 
     run.look(config)
     report = [f"method {config.method_name}, output {config.output}", trial.memory_table(trial.plan_memory(config))]
     if run_steps:
-        with build.memory_for("the trial"):
+        with memory_for("the trial"):
             report.append(str(trial.trial(config)))
     return "\n".join(report)
 
@@ -308,9 +307,9 @@ def _trained(folder: Path, config: Config, weights: str):
         raise ConfigError(f"{folder} has no weights {chosen!r}; known are {', '.join((RAW, *config.averages))}")
     if config.generator.network is not None or config.teacher is not None:  # all weights are replaced below
         config = dataclasses.replace(config, generator=dataclasses.replace(config.generator, init_from=""))
-    model, meaning = build.starting_denoiser(config)
-    model = model.to(build.DTYPES[config.train.precision])
-    build.initialise(model, folder, chosen)
+    model, meaning = networks.starting_denoiser(config)
+    model = model.to(networks.DTYPES[config.train.precision])
+    checkpoint.initialise(dict(model.named_parameters()), folder, player="generator", weights=chosen)
     return model, meaning
 
 

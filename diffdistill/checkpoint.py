@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from diffdistill.player import Player, local, whole
+from diffdistill.player import RAW, Player, local, whole
 
 STATE = "state.json"
 
@@ -101,19 +101,20 @@ def load(folder: Path, players: Mapping[str, Player]) -> dict:
     return state
 
 
-def initialise(parameters: Mapping[str, Tensor], folder: Path, *, player: str, average: str | None = None) -> None:
-    """Fill `parameters` with a player's weights in another run's checkpoint, and nothing else: a new recipe begins.
+def initialise(parameters: Mapping[str, Tensor], source: Path, *, player: str, weights: str = RAW) -> None:
+    """Fill `parameters` with a player's weights in another run, and nothing else: a new recipe begins.
 
     Do it before players are made of the parameters, so that optimizers and averages start from them.
 
     Args:
-        folder: a checkpoint, step-N.
-        average: the name of one of the player's averages instead of its raw weights.
+        source: a run, of which the latest checkpoint is taken, or a checkpoint.
+        weights: "raw", or the name of one of the player's averages.
     Raises:
         CheckpointError: the checkpoint is damaged, has no such weights, or they do not fit.
     """
+    folder = latest(source) or source
     state = read_state(folder)
-    file = f"{player}.{'weights' if average is None else f'average-{average}'}.safetensors"
+    file = f"{player}.{'weights' if weights == RAW else f'average-{weights}'}.safetensors"
     if file not in state["files"]:
         known = sorted(name.removesuffix(".safetensors") for name in state["files"] if ".optimizer." not in name)
         raise CheckpointError(f"{folder} has no {file.removesuffix('.safetensors')}; it has {', '.join(known)}")

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit status."""
     options = parser().parse_args(arguments)
     from diffdistill.api import Stopped
-    from diffdistill.build import OutOfMemory
+    from diffdistill.memory import OutOfMemory
     from diffdistill.trainer import NonFinite
 
     try:
@@ -163,7 +163,7 @@ def _sample(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from diffdistill.api import evaluate
-    from diffdistill.config import sections
+    from diffdistill.recipe import sections
 
     given = sections(options.overrides, ("data", "evaluate"))
     found = evaluate(
@@ -193,8 +193,9 @@ def _methods(options: argparse.Namespace) -> None:
     from diffdistill.methods import METHODS
 
     for name, kind in METHODS.items():
-        needs = "a teacher" if kind.needs_teacher else "real images, no teacher"
-        print(f"{name:<12}{kind.reference}\n{'':<12}needs {needs}")
+        teacher = "a teacher" if kind.needs_teacher else "no teacher"
+        print(f"{name:<12}{kind.reference}")
+        print(f"{'':<12}needs {teacher}; reads {kind.reads}; trains {kind.trains}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from diffdistill import api
-from diffdistill.config import ConfigError, load_config
+from diffdistill.config import ConfigError
 from diffdistill.data.fashion_mnist import load_fashion_mnist
 from diffdistill.evaluation.features import MOMENTS_FILE, Extractor, default_extractor
 from diffdistill.evaluation.frechet import load_moments
@@ -21,6 +21,7 @@ from diffdistill.evaluation.grid import comparison_sheet
 from diffdistill.evaluation.metrics import Reference, build_reference, evaluate_images
 from diffdistill.evaluation.sampling import Solved, sample_images
 from diffdistill.generator import Generator
+from diffdistill.recipe import load_config
 
 CONFIG = Path("configs/fashion/demo.yaml")
 FEATURES = Path("checkpoints/fashion-features")

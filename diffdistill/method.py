@@ -104,6 +104,8 @@ class Method(ABC):
     Config: ClassVar[type]
     reference: ClassVar[str]
     needs_teacher: ClassVar[bool]
+    reads: ClassVar[str]  # in words: the names in streams(), and when
+    trains: ClassVar[str]  # in words: the names in players()
 
     generator: Generator  # what is sampled, evaluated and exported
 

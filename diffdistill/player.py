@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor
 from diffdistill.method import PlayerSpec
 from diffdistill.rng import replace_dropout
 
+RAW = "raw"  # the name of a player's weights as they are, among its averages
+
 
 @dataclass(frozen=True)
 class LearningRate:
@@ -188,7 +190,17 @@ class Player:
         self.follow_with(name, [parameter.detach().clone() for parameter in self.parameters], decay)
 
     def follow_with(self, name: str, copies: Sequence[Tensor], decay: Callable[[int], float]) -> None:
-        """Keep a running average of the parameters in these tensors, e.g. those of a network that a loss reads."""
+        """Keep a running average of the parameters in these tensors, e.g. those of a network that a loss reads.
+
+        Raises:
+            ValueError: the parameters are sharded, and the tensors are not.
+        """
+        pairs = zip(self.parameters, copies, strict=True)
+        if any(isinstance(parameter, DTensor) and not isinstance(copy, DTensor) for parameter, copy in pairs):
+            raise ValueError(
+                f"{name} is a network that follows a player whose parameters are sharded, which is not supported: its "
+                "own are whole on every rank; use train.sharding=replicated with this method"
+            )
         self.averages[name] = Average(self.parameters, copies, decay, changed=self.reshard)
 
     def make_optimizer_state(self) -> None:

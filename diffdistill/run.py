@@ -4,17 +4,22 @@ config.yaml              the recipe, every default written out; a later start ma
 log.jsonl                one JSON object a line: "train", "evaluate"
 checkpoints/step-N/      everything needed to go on
 samples/step-N.png       pictures
+.lock                    locked by the kernel while a process writes here; empty, and never in the way by itself
 """
 
+import fcntl
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from diffdistill import __version__, checkpoint
-from diffdistill.config import Config, ConfigError, as_yaml, flat, load_config, plain
+from diffdistill.config import Config, ConfigError
+from diffdistill.recipe import as_yaml, flat, load_config, plain
 
 RECIPE = "config.yaml"
 LOG = "log.jsonl"
+LOCK = ".lock"
 
 # Keys that may differ when a run goes on, since they do not change what it computes.
 FREE = (
@@ -67,6 +72,37 @@ def enter(config: Config, *, writes: bool) -> Path | None:
     except OSError as error:
         raise ConfigError(f"output={run} cannot be written: {error}; choose another by output=FOLDER") from error
     return found
+
+
+@contextmanager
+def held(run: Path, *, writes: bool):
+    """Within the block, no other process that asks may write into the folder, which is made if need be.
+
+    The kernel gives the lock back when this process ends, however it ends. Unix alone has such locks.
+
+    Args:
+        writes: whether this process does; all others need no lock.
+    Raises:
+        ConfigError: another process holds it, or the folder cannot be written.
+    """
+    if not writes:
+        yield
+        return
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = (run / LOCK).open("w")
+    except OSError as error:
+        raise ConfigError(f"output={run} cannot be written: {error}; choose another by output=FOLDER") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"another process is writing into {run}; wait for its end, stop it, or choose another by output=FOLDER"
+            ) from error
+        except OSError as error:
+            raise ConfigError(f"{run} cannot be locked: {error}; choose another by output=FOLDER") from error
+        yield
 
 
 def refuse_other_recipe(config: Config, run: Path) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from diffdistill import build
+from diffdistill import build, networks
+from diffdistill.backbones.folder import META
 from diffdistill.config import Config
 from diffdistill.method import Update
 from diffdistill.methods import METHODS
@@ -46,10 +47,10 @@ def plan_memory(config: Config) -> list[Role]:
         ConfigError: anything in the config that does not fit together.
     """
     roles = []
-    chosen = build.method(config, build.META)
+    chosen = build.method(config, META)
     build.check_players(config, chosen.players())
     if METHODS[config.method_name].needs_teacher:
-        roles.append(_role("teacher", list(build.teacher(config, build.META).denoiser.parameters())))
+        roles.append(_role("teacher", list(networks.teacher(config, META).denoiser.parameters())))
     for name, spec in chosen.players().items():
         averages = len(config.averages) if name == "generator" else 0
         averages += sum(average.player == name for average in chosen.averages().values())

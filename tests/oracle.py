@@ -247,6 +247,25 @@ class Affine(Backbone):
         return []
 
 
+class Slope(Backbone):
+    """slope * x: the right family for the denoiser of a centred Gaussian at one time."""
+
+    sample_shape, condition_names = (1,), ()
+
+    def __init__(self):
+        super().__init__()
+        self.slope = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x, time, cond):
+        return self.slope * x
+
+    def null(self, cond):
+        raise ValueError("no unconditional branch")
+
+    def blocks(self):
+        return []
+
+
 class Quadrature(Rng):
     """Gauss-Hermite nodes in place of normal draws: every expectation over `draws` of them is a weighted sum, exact to
     rounding for smooth integrands. Row r of draw k holds one node; `weights` (N,) sum to 1."""

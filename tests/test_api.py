@@ -7,9 +7,10 @@ import torch
 from tiny import NUM_CLASSES, student_recipe, teacher_recipe, write_images
 
 import diffdistill
-from diffdistill import api, build
+from diffdistill import api, build, networks
+from diffdistill.backbones.folder import META
 from diffdistill.backbones.mlp import MLP
-from diffdistill.config import ConfigError, DataConfig, TeacherConfig, VPConfig, parse
+from diffdistill.config import ConfigError, DataConfig, TeacherConfig, VPConfig
 from diffdistill.data import refuse_unfit
 from diffdistill.denoiser import Denoiser
 from diffdistill.evaluation.sampling import Solved, evaluating, sample_images
@@ -17,6 +18,7 @@ from diffdistill.generator import Generator
 from diffdistill.method import Sample
 from diffdistill.prediction import Prediction
 from diffdistill.process import VE, VP
+from diffdistill.recipe import parse
 from diffdistill.rng import replace_dropout
 from diffdistill.teacher import Teacher
 
@@ -144,7 +146,7 @@ def test_half_the_bytes_hold_the_weights_to_half_precision(chain):
     api.export_denoiser(run, folder / "half", weights="raw", half=True)
     (full,), (half,) = (list((folder / name / "network").glob("*.safetensors")) for name in ("exported", "half"))
     assert half.stat().st_size < 0.75 * full.stat().st_size
-    ours, theirs = (build.read_denoiser(folder / name)[0] for name in ("half", "exported"))
+    ours, theirs = (networks.read_denoiser(folder / name)[0] for name in ("half", "exported"))
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=2**-11, atol=2**-25)  # fp16 rounds to 11 bits, and to 2^-24 near zero
 
@@ -160,32 +162,34 @@ def test_an_existing_folder_is_not_overwritten_unless_asked(chain):
 
 def test_a_pipeline_of_diffusers_is_a_teacher(chain, tmp_path):
     folder, _, student, _ = chain
+    with pytest.raises(ValueError, match="0e\\+00 is allowed; nothing was written"):
+        api.export(student, tmp_path / "pipeline", tolerance=0.0)
     api.export(student, tmp_path / "pipeline")
     config = TeacherConfig(str(tmp_path / "pipeline"))
-    model, meaning = build.teacher_denoiser(config)
+    model, meaning = networks.teacher_denoiser(config)
     ours = diffdistill.load(student).denoiser
     x, t = torch.randn(2, 3, 8, 8, dtype=torch.float64).float(), torch.tensor([0.5, 3.0], dtype=torch.float64)
     with torch.no_grad():
         outputs = [each(x, t, {"label": torch.tensor([0, 2])}) for each in (model, ours)]
     torch.testing.assert_close(*outputs, rtol=0, atol=1e-6)
-    bare, same = build.teacher_denoiser(config, device=build.META)
+    bare, same = networks.teacher_denoiser(config, device=META)
     assert same == meaning and next(bare.parameters()).is_meta
     with pytest.raises(ConfigError, match="teacher.denoiser is missing"):
-        build.teacher_denoiser(TeacherConfig(str(tmp_path / "pipeline" / "unet")))
-    named, _ = build.teacher_denoiser(TeacherConfig(str(tmp_path / "pipeline" / "unet"), denoiser=meaning))
+        networks.teacher_denoiser(TeacherConfig(str(tmp_path / "pipeline" / "unet")))
+    named, _ = networks.teacher_denoiser(TeacherConfig(str(tmp_path / "pipeline" / "unet"), denoiser=meaning))
     assert isinstance(named, Denoiser)
     with pytest.raises(ConfigError, match="leave it out"):
-        build.teacher_denoiser(TeacherConfig(str(folder / "exported"), denoiser=meaning))
+        networks.teacher_denoiser(TeacherConfig(str(folder / "exported"), denoiser=meaning))
     with pytest.raises(ConfigError, match="is no folder; give one, or hub:owner/name"):
-        build.teacher_denoiser(TeacherConfig("owner/name"))
+        networks.teacher_denoiser(TeacherConfig("owner/name"))
 
 
 def test_a_table_rescaled_to_zero_snr_ends_at_pure_noise_and_begins_as_before():
-    before, after = build.process(VPConfig()), build.process(VPConfig(zero_snr=True))
+    before, after = networks.process(VPConfig()), networks.process(VPConfig(zero_snr=True))
     first, last = (torch.tensor([t], dtype=torch.float64) for t in (1, 1000))
     assert after.alpha(last).item() == pytest.approx(0, abs=1e-15)
     assert after.alpha(first).item() == pytest.approx(before.alpha(first).item(), rel=1e-12)
-    listed = build.process(VPConfig(betas=tuple(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).tolist())))
+    listed = networks.process(VPConfig(betas=tuple(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).tolist())))
     assert listed.same_law(before) and isinstance(listed, VP)
 
 

@@ -16,53 +16,27 @@ from diffusers import (
     UNet2DModel,
 )
 from safetensors.torch import load_file, save_file
+from small_networks import DIT, UNET, lively
 
 from diffdistill.backbones.diffusers import FAMILIES, DiffusersBackbone
 from diffdistill.backbones.folder import make_backbone, read_backbone, read_diffusers, write_backbone
 from diffdistill.backbones.mlp import MLP
 from diffdistill.backbones.scheduler import meaning
-from diffdistill.build import denoiser
-from diffdistill.config import DenoiserConfig, typed
+from diffdistill.config import DenoiserConfig
+from diffdistill.networks import denoiser
 from diffdistill.prediction import Prediction
+from diffdistill.recipe import typed
 from diffdistill.solvers import at
-
-UNET = dict(
-    sample_size=8,
-    block_out_channels=(16, 32),
-    layers_per_block=1,
-    norm_num_groups=8,
-    attention_head_dim=8,
-    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-)
-DIT = dict(
-    sample_size=8,
-    in_channels=4,
-    num_attention_heads=2,
-    attention_head_dim=8,
-    num_layers=2,
-    patch_size=2,
-    num_embeds_ada_norm=10,
-)
-
-
-def lively(network):
-    """Random weights everywhere: what diffusers initialises to zero would hide a mistake."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return network.eval()
 
 
 def unet(**options):
     torch.manual_seed(0)
-    return lively(UNet2DModel(**UNET, **options))
+    return lively(UNet2DModel(**UNET, **options)).eval()
 
 
 def dit(**options):
     torch.manual_seed(0)
-    return lively(DiTTransformer2DModel(**{**DIT, **options}))
+    return lively(DiTTransformer2DModel(**{**DIT, **options})).eval()
 
 
 def noise(*shape, seed=1):

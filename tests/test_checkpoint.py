@@ -152,12 +152,12 @@ def test_initialising_takes_weights_alone_and_casts_them(tmp_path):
     folder = saved(trainer)
     stored = load_file(folder / "generator.average-constant.safetensors")
     parameters = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in stored.items()}
-    checkpoint.initialise(parameters, folder, player="generator", average="constant")
+    checkpoint.initialise(parameters, folder, player="generator", weights="constant")
     assert all(torch.equal(parameters[name], value.float()) for name, value in stored.items())
     with pytest.raises(
         CheckpointError, match="has no generator.average-best; it has critic.weights, generator.average-c"
     ):
-        checkpoint.initialise(parameters, folder, player="generator", average="best")
+        checkpoint.initialise(parameters, folder, player="generator", weights="best")
     with pytest.raises(CheckpointError, match="tensors are missing"):
         checkpoint.initialise({"w": torch.zeros(1)}, folder, player="generator")
 
@@ -201,6 +201,66 @@ def test_saving_over_a_checkpoint_replaces_it_and_clears_what_was_left_behind(tm
     trainer.step = 3
     trainer.save()
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
+
+
+class Killed(BaseException):
+    """Ends the code as a kill does: no handler of errors sees it."""
+
+
+def fail_at_rename(monkeypatch, number: int, error: BaseException) -> None:
+    """The number-th renaming from here on does not happen."""
+    real, calls = Path.rename, []
+
+    def rename(self, target):
+        calls.append(target)
+        if len(calls) == number:
+            raise error
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+
+
+def test_a_checkpoint_is_whole_before_one_rename_makes_it_appear(tmp_path, monkeypatch):
+    trainer = trained(tmp_path, 1)
+    first = saved(trainer)
+    trainer.one_step()
+    fail_at_rename(monkeypatch, 1, Killed())
+    with pytest.raises(Killed):
+        trainer.save()
+    monkeypatch.undo()
+    assert checkpoint.checkpoints(tmp_path) == [first]
+    fresh = trained(tmp_path, 0)
+    fresh.resume(checkpoint.latest(tmp_path))
+    assert fresh.step == 1
+    second = first.with_name("step-00000002")
+    (first.parent / ".step-00000002.writing").rename(second)  # the rename that the kill forestalled
+    fresh.resume(second)
+    ours, expected = all_tensors(fresh), all_tensors(trainer)
+    assert fresh.step == 2 and all(torch.equal(ours[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("error", [Killed(), OSError("no space left")], ids=["killed", "refused"])
+def test_a_checkpoint_is_set_aside_until_its_successor_is_in_place(error, tmp_path, monkeypatch):
+    trainer = trained(tmp_path, 1)
+    first = saved(trainer)
+    trainer.one_step()
+    second, expected = saved(trainer), all_tensors(trainer)
+    trainer.players["critic"].parameters[0].data.add_(1)
+    fail_at_rename(monkeypatch, 2, error)
+    with pytest.raises(Killed if isinstance(error, Killed) else CheckpointError):
+        trainer.save()
+    monkeypatch.undo()
+    if isinstance(error, Killed):
+        assert checkpoint.checkpoints(tmp_path) == [first]
+        trained(tmp_path, 0).resume(first)
+        third = first.with_name("step-00000003")
+        checkpoint.save(third, trainer.players, {}, writes=True)  # brings back what was set aside
+        assert checkpoint.checkpoints(tmp_path) == [first, second, third]
+    assert checkpoint.checkpoints(tmp_path)[:2] == [first, second]
+    fresh = trained(tmp_path, 0)
+    fresh.resume(second)
+    ours = all_tensors(fresh)
+    assert all(torch.equal(ours[key], expected[key]) for key in expected)
 
 
 SMALL_DISK = """

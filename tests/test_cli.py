@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import refused, student_recipe, teacher_recipe, write_images, write_recipe
 
-from diffdistill import api, build
+from diffdistill import api, networks
 from diffdistill.cli import main
 from diffdistill.methods.dmd2 import DMD2
 
@@ -60,7 +60,7 @@ def test_a_run_leaves_its_recipe_log_checkpoints_and_pictures(trained):
 
 def test_the_exported_denoiser_is_the_average_that_was_asked_for(trained):
     averaged = load_file(trained / "teacher/checkpoints/step-00000004/generator.average-fast.safetensors")
-    exported = dict(build.read_denoiser(trained / "exported")[0].named_parameters())
+    exported = dict(networks.read_denoiser(trained / "exported")[0].named_parameters())
     assert exported.keys() == averaged.keys()
     for name, value in averaged.items():
         assert torch.equal(exported[name], value)
@@ -83,6 +83,21 @@ def test_a_student_is_distilled_sampled_measured_and_exported(trained, student, 
     command("sample", tmp_path / "pipeline", "--out", tmp_path / "samples.png", "--teacher-steps", 1)
 
 
+@pytest.mark.parametrize("trunk", ["critic", "teacher"])
+def test_the_gan_term_trains_its_head_on_the_default_taps_of_either_trunk(trained, tmp_path, trunk):
+    recipe = student_recipe(tmp_path, trained / "exported")
+    del recipe["critic"]  # so that the taps are the default
+    student = write_recipe(tmp_path / "student.yaml", recipe)
+    command("train", student, f"critic.trunk={trunk}", "train.save_every=1")
+    lines = [json.loads(line) for line in (tmp_path / "student/log.jsonl").read_text().splitlines()]
+    assert all(line["generator/match/gan"] > 0 and line["critic/fit/gan"] > 0 for line in lines)
+    first, second = (
+        load_file(tmp_path / f"student/checkpoints/step-0000000{step}/critic.weights.safetensors") for step in (1, 2)
+    )
+    heads = [name for name in first if name.startswith("head.")]
+    assert heads and all(not torch.equal(first[name], second[name]) for name in heads)
+
+
 def test_check_reads_no_weights_and_plans_the_memory_of_every_role(trained, student, tmp_path, capsys):
     bare = tmp_path / "bare"
     shutil.copytree(trained / "exported", bare)
@@ -93,7 +108,7 @@ def test_check_reads_no_weights_and_plans_the_memory_of_every_role(trained, stud
     config = api.as_config(student, [f"teacher.path={bare}"])
     roles = {role.name: role for role in api.trial.plan_memory(config)}
     assert list(roles) == ["teacher", "generator", "critic"] and all(name in out for name in roles)
-    model, _ = build.read_denoiser(trained / "exported")
+    model, _ = networks.read_denoiser(trained / "exported")
     size = sum(parameter.numel() for parameter in model.parameters())
     assert roles["teacher"].num_parameters == roles["generator"].num_parameters == size
     assert roles["critic"].num_parameters > size  # and its discriminator's head
@@ -136,7 +151,8 @@ def test_pictures_and_evaluation_change_nothing_that_is_computed(teacher, traine
 def test_methods_are_listed_with_reference_and_needs(capsys):
     command("methods")
     out = capsys.readouterr().out
-    assert "dmd2" in out and "arXiv:2405.14867" in out and "needs a teacher" in out
+    assert "dmd2" in out and "arXiv:2405.14867" in out
+    assert "needs a teacher; reads conditions, and images where the GAN term is on; trains generator, critic" in out
 
 
 @pytest.mark.parametrize("name", ["train", "check", "sample", "evaluate", "export", "methods"])
@@ -350,6 +366,23 @@ def test_ctrl_c_saves_and_leaves_and_the_second_command_finishes(teacher, tmp_pa
     assert f"going on from step {step} of {step + 2}" in capsys.readouterr().out
     logged = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
     assert logged == list(range(1, step + 3))
+
+
+def test_a_folder_that_another_process_writes_is_refused_until_that_one_is_killed(teacher, tmp_path, capsys):
+    line = [sys.executable, "-m", "diffdistill", "train", str(teacher), *LONG, "train.steps=100000"]
+    first = subprocess.Popen(line, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    try:
+        log, deadline = tmp_path / "teacher/log.jsonl", time.monotonic() + 60
+        while not (log.is_file() and log.stat().st_size):
+            assert first.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        said = refused(capsys, "train", teacher, *LONG)
+        assert f"another process is writing into {tmp_path / 'teacher'}; wait" in said
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait(timeout=60)
+    command("train", teacher)
 
 
 def test_a_mistake_in_a_real_process_is_one_line_and_status_2(teacher):

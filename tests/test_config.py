@@ -8,9 +8,11 @@ import pytest
 import torch
 from tiny import student_recipe, teacher_recipe, write_recipe
 
-from diffdistill import build, run
-from diffdistill.config import ConfigError, as_yaml, flat, load_config, parse, plain
+from diffdistill import build, networks, run
+from diffdistill.backbones.folder import META
+from diffdistill.config import ConfigError
 from diffdistill.methods import METHODS
+from diffdistill.recipe import as_yaml, flat, load_config, parse, plain
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("**/*.yaml"))
 
@@ -123,8 +125,8 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
 
 def test_a_number_of_steps_is_the_customary_grid_of_the_process(recipe):
     config = load_config(recipe, ["generator.grid={steps: 5}"])
-    model, _ = build.starting_denoiser(config, build.META)
-    assert build.generator(config, model).grid == model.process.grid(5)
+    model, _ = networks.starting_denoiser(config, META)
+    assert networks.generator(config, model).grid == model.process.grid(5)
 
 
 def test_a_grid_beyond_the_process_is_refused(recipe):

@@ -16,6 +16,7 @@ from cases import CASES, UNET, all_tensors, make_trainer
 from diffdistill import checkpoint
 from diffdistill.method import Action, Update
 from diffdistill.methods import METHODS
+from diffdistill.player import RAW
 from diffdistill.trainer import NonFinite, Schedule
 
 EVERY_CASE = pytest.mark.parametrize("name", CASES)
@@ -44,6 +45,13 @@ def assert_same_lines(ours: list[dict], theirs: list[dict], *, rel: float) -> No
 
 def test_every_method_has_a_case():
     assert {case.method for case in CASES.values()} == METHODS.keys()
+
+
+@EVERY_CASE
+def test_a_method_says_in_words_what_it_reads_and_trains(name):
+    method = CASES[name].make()
+    assert all(stream in method.reads for stream in method.streams())
+    assert method.trains == ", ".join(method.players())
 
 
 @EVERY_CASE
@@ -150,12 +158,12 @@ def test_initialising_is_not_resuming(name, tmp_path):
     ours = all_tensors(resumed)
     assert all(torch.equal(ours[key], weights[key]) for key in weights)
 
-    for average in (None, "power"):
+    for chosen in (RAW, "power"):
         fresh = make_trainer(CASES[name], tmp_path / "fresh", schedule=schedule)
         before = all_tensors(fresh)
         parameters = fresh.players["generator"].spec.parameters
-        checkpoint.initialise(parameters, saved, player="generator", average=average)
-        source = "weights" if average is None else f"average-{average}"
+        checkpoint.initialise(parameters, saved, player="generator", weights=chosen)
+        source = "weights" if chosen == RAW else f"average-{chosen}"
         assert fresh.step == 0
         after = all_tensors(fresh)
         for key in before:

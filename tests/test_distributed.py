@@ -45,6 +45,7 @@ def worker(rank: int, folder: str, port: int) -> None:
                 leave(trainer, run / "resumed.safetensors", rank)
         stop_together(Path(folder) / kind / "stopped", rank, **options)
     low_precision(Path(folder) / "bf16", rank)
+    follow_sharded(Path(folder) / "averages", rank)
     torch.distributed.destroy_process_group()
 
 
@@ -86,6 +87,19 @@ def low_precision(run: Path, rank: int) -> None:
     if rank == 0:
         run.mkdir(parents=True, exist_ok=True)
         save_file({key: value.contiguous() for key, value in tensors.items()}, run / "seen.safetensors")
+
+
+def follow_sharded(run: Path, rank: int) -> None:
+    """A whole network that is to follow a sharded player."""
+    trainer = make_trainer(CASES["denoise"], run, schedule=SCHEDULE, shard=shard)
+    player = trainer.players["generator"]
+    try:
+        player.follow_with("target", [torch.zeros(parameter.shape) for parameter in player.parameters], lambda step: 0)
+        message = "nothing was raised"
+    except ValueError as error:
+        message = str(error)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / f"message-{rank}.txt").write_text(message)
 
 
 @dataclasses.dataclass
@@ -185,6 +199,13 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(kind, two):
     stopped = two / kind / "stopped"
     assert [(stopped / f"signal-{rank}.txt").read_text() for rank in range(2)] == ["15", "15"]
     assert checkpoint.read_state(checkpoint.latest(stopped / "signalled"))["step"] == 4
+
+
+def test_a_whole_network_that_follows_a_sharded_player_is_refused(two):
+    for rank in range(2):
+        said = (two / "averages" / f"message-{rank}.txt").read_text()
+        assert said.startswith("target is a network that follows a player whose parameters are sharded")
+        assert "train.sharding=replicated" in said
 
 
 def test_sharded_bf16_keeps_times_and_masters_in_float32(two, tmp_path):

@@ -5,12 +5,12 @@ import zlib
 
 import pytest
 import torch
-from oracle import Affine, Mixture, Quadrature, denoiser, gaussian
+from oracle import Affine, Mixture, Quadrature, Slope, denoiser, gaussian
 from torch import nn
 
 from diffdistill.backbones.mlp import MLP
 from diffdistill.critic import Critic, DiscriminatorHead
-from diffdistill.denoiser import Backbone, Denoiser
+from diffdistill.denoiser import Denoiser
 from diffdistill.generator import Generator
 from diffdistill.losses import denoising, inject
 from diffdistill.method import Networks, Sample
@@ -120,25 +120,6 @@ def test_the_adversarial_term_at_its_optimum_is_a_weighted_score_difference():
     weights = rng.weights
     ours = gradients((weights * term.loss({"conditions": Sample()}, rng).value).sum(), method)
     assert ours == pytest.approx((0.2418927, 0.22190106), abs=5e-8)
-
-
-class Slope(Backbone):
-    """slope * x: the right family for the denoiser of a centred Gaussian at one time."""
-
-    sample_shape, condition_names = (1,), ()
-
-    def __init__(self):
-        super().__init__()
-        self.slope = nn.Parameter(torch.zeros((), dtype=float64))
-
-    def forward(self, x, time, cond):
-        return self.slope * x
-
-    def null(self, cond):
-        raise ValueError("no unconditional branch")
-
-    def blocks(self):
-        return []
 
 
 @pytest.mark.parametrize("space", list(Prediction))

@@ -14,16 +14,18 @@ from diffusers import (
     DiTTransformer2DModel,
     UNet2DModel,
 )
+from small_networks import DIT as DIT_OPTIONS
+from small_networks import UNET, lively
 
 from diffdistill.backbones.diffusers import DiffusersBackbone
 from diffdistill.backbones.mlp import MLP
 from diffdistill.denoiser import Denoiser
-from diffdistill.export import Refusal, export
-from diffdistill.export.compare import compare
-from diffdistill.export.consistency import karras_levels
-from diffdistill.export.exporters import find
-from diffdistill.export.stock import request
-from diffdistill.export.variance_preserving import betas
+from diffdistill.exporting import Refusal, write_pipeline
+from diffdistill.exporting.compare import compare
+from diffdistill.exporting.consistency import karras_levels
+from diffdistill.exporting.exporters import find
+from diffdistill.exporting.stock import request
+from diffdistill.exporting.variance_preserving import betas
 from diffdistill.generator import Generator
 from diffdistill.prediction import Prediction
 from diffdistill.process import VE, VP, Rectified, Trig
@@ -31,47 +33,15 @@ from diffdistill.process import VE, VP, Rectified, Trig
 TOLERANCE = 1e-5  # the promise of `export`, in float32
 
 
-def lively(network):
-    """Random weights everywhere: what diffusers initialises to zero would hide a mistake."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return network
-
-
 def unet(*, classes=0, channels=3, size=8):
     torch.manual_seed(0)
-    return lively(
-        UNet2DModel(
-            sample_size=size,
-            in_channels=channels,
-            out_channels=channels,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            norm_num_groups=8,
-            attention_head_dim=8,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            num_class_embeds=classes or None,
-        )
-    )
+    shape = {"sample_size": size, "in_channels": channels, "out_channels": channels}
+    return lively(UNet2DModel(**{**UNET, **shape}, num_class_embeds=classes or None))
 
 
 def dit(*, learned_variance=False):
     torch.manual_seed(0)
-    return lively(
-        DiTTransformer2DModel(
-            sample_size=8,
-            in_channels=4,
-            out_channels=8 if learned_variance else 4,
-            num_attention_heads=2,
-            attention_head_dim=8,
-            num_layers=2,
-            patch_size=2,
-            num_embeds_ada_norm=10,
-        )
-    )
+    return lively(DiTTransformer2DModel(**DIT_OPTIONS, out_channels=8 if learned_variance else 4))
 
 
 def vae():
@@ -224,7 +194,7 @@ SUPPORTED = {
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_the_stock_pipeline_reproduces_the_generator(name, tmp_path):
     make, pipeline, scheduler = SUPPORTED[name]
-    report = export(make(), tmp_path / "out", vae=vae() if pipeline == DIT else None)
+    report = write_pipeline(make(), tmp_path / "out", vae=vae() if pipeline == DIT else None)
     assert (report.pipeline, report.scheduler) == (pipeline, scheduler)
     assert report.difference < TOLERANCE
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing is left beside it
@@ -233,8 +203,8 @@ def test_the_stock_pipeline_reproduces_the_generator(name, tmp_path):
 def test_weights_on_disk_are_of_the_asked_dtype_and_still_reproduce_the_rounded_generator(tmp_path):
     generator = Generator(edm(unet(classes=10)), (80.0,))
     before = {name: tensor.clone() for name, tensor in generator.denoiser.state_dict().items()}
-    full = export(generator, tmp_path / "full")
-    half = export(generator, tmp_path / "half", dtype=torch.float16)
+    full = write_pipeline(generator, tmp_path / "full")
+    half = write_pipeline(generator, tmp_path / "half", dtype=torch.float16)
     assert max(full.difference, half.difference) < TOLERANCE
     sizes = [
         (tmp_path / kind / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size for kind in ("full", "half")
@@ -247,7 +217,7 @@ def test_weights_on_disk_are_of_the_asked_dtype_and_still_reproduce_the_rounded_
 def test_export_leaves_the_random_state_alone(tmp_path):
     generator = Generator(edm(unet()), EDM_PAIR)
     state = torch.get_rng_state()
-    export(generator, tmp_path / "out")
+    write_pipeline(generator, tmp_path / "out")
     assert torch.get_rng_state().equal(state)
 
 
@@ -292,36 +262,36 @@ def test_a_difference_that_is_too_large_is_an_error_and_leaves_nothing(tmp_path)
     # alpha is 0.006 at the end of DDPM's table: a random network's x0 is about 500, where float32 steps by 6e-5
     generator = Generator(steps(unet(), Prediction.EPS, VP.linear()), (1000.0,))
     with pytest.raises(ValueError, match="differs from the generator by .* predicts eps"):
-        export(generator, tmp_path / "out")
+        write_pipeline(generator, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
-    report = export(generator, tmp_path / "out", tolerance=1e-2)
+    report = write_pipeline(generator, tmp_path / "out", tolerance=1e-2)
     assert TOLERANCE < report.difference < 1e-2
 
 
 def test_an_existing_folder_is_replaced_only_when_asked_and_only_by_a_good_export(tmp_path):
     good = Generator(edm(unet()), (80.0,))
     folder = tmp_path / "out"
-    export(good, folder)
+    write_pipeline(good, folder)
     with pytest.raises(ValueError, match="exists"):
-        export(good, folder)
+        write_pipeline(good, folder)
     written = (folder / "scheduler" / "scheduler_config.json").read_text()
     bad = Generator(steps(unet(), Prediction.EPS, VP.linear()), (1000.0,))
     with pytest.raises(ValueError, match="differs"):
-        export(bad, folder, replace=True)
+        write_pipeline(bad, folder, replace=True)
     assert (folder / "scheduler" / "scheduler_config.json").read_text() == written
-    export(Generator(edm(unet()), (40.0,)), folder, replace=True)
+    write_pipeline(Generator(edm(unet()), (40.0,)), folder, replace=True)
     assert (folder / "scheduler" / "scheduler_config.json").read_text() != written
     other = tmp_path / "other"
     other.mkdir()
     with pytest.raises(ValueError, match="no pipeline folder"):
-        export(good, other, replace=True)
+        write_pipeline(good, other, replace=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
 
 
 @pytest.mark.parametrize("name", ["edm, two steps"])
 def test_the_card_is_a_script_that_runs_without_diffdistill(name, tmp_path):
     folder = tmp_path / "out"
-    report = export(SUPPORTED[name][0](), folder)
+    report = write_pipeline(SUPPORTED[name][0](), folder)
     text = (folder / "README.md").read_text()
     assert f"{report.difference:.1e}" in text
     script = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
@@ -341,7 +311,7 @@ def test_the_card_is_a_script_that_runs_without_diffdistill(name, tmp_path):
 
 def test_a_reopened_pipeline_is_of_stock_classes_and_takes_latents_as_the_noise(tmp_path):
     generator = Generator(edm(unet(classes=10)), (80.0,))
-    export(generator, tmp_path / "out")
+    write_pipeline(generator, tmp_path / "out")
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
     pipeline.set_progress_bar_config(disable=True)
     for part in (pipeline, pipeline.unet, pipeline.scheduler):
@@ -408,7 +378,7 @@ def large(network):
 def test_what_no_stock_class_expresses_is_refused_with_the_reason(name, tmp_path):
     make, reason = REFUSED[name]
     with pytest.raises(Refusal, match=re.escape(reason)):
-        export(make(), tmp_path / "out", dtype=torch.float16)
+        write_pipeline(make(), tmp_path / "out", dtype=torch.float16)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -32,18 +32,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "player": {"method", "rng"},
     "checkpoint": {"player", "method"},
     "trainer": {"checkpoint", "player", "method", "rng", "accelerate", "tqdm"},
-    "config": {"denoiser", "generator", "methods", "player", "prediction", "times", "omegaconf", "yaml"},
+    "config": {"denoiser", "generator", "player", "prediction", "times"},
+    "recipe": {"config", "methods", "omegaconf", "yaml"},
+    "memory": set(),
     "data": {"data", "method", "rng"},
     "evaluation": {"evaluation", "data", "generator", "teacher", "rng", "tqdm"},
     "backbones": {"backbones", "denoiser", "process", "prediction", "diffusers", "huggingface_hub"},
-    "export": {"export", "denoiser", "generator", "process", "prediction", "backbones", "rng", "diffusers"},
-    "run": {"__init__", "checkpoint", "config"},
+    "exporting": {"exporting", "denoiser", "generator", "process", "prediction", "backbones", "rng", "diffusers"},
+    "networks": NETWORKS | {"backbones", "checkpoint", "config", "evaluation", "memory", "recipe"},
+    "run": {"__init__", "checkpoint", "config", "recipe"},
     "hooks": {"config", "evaluation", "trainer"},
-    "trial": {"build", "config", "method", "methods", "trainer"},
+    "trial": {"backbones", "build", "config", "method", "methods", "networks", "trainer"},
     "build": {"*", "accelerate"},
     "api": {"*"},
-    "cli": {"api", "build", "config", "hooks", "methods", "trainer"},
-    "demo": {"api", "config", "data", "evaluation", "generator"},
+    "cli": {"api", "hooks", "memory", "methods", "recipe", "trainer"},
+    "demo": {"api", "config", "data", "evaluation", "generator", "recipe"},
 }
 ANYWHERE = {"torch", "numpy", "PIL", "safetensors", *sys.stdlib_module_names}
 ONLY_INSIDE_FUNCTIONS = {"diffusers", "huggingface_hub", "omegaconf", "wandb"}
@@ -114,7 +117,14 @@ def test_the_functions_are_at_hand_and_a_wrong_name_says_which():
     import diffdistill
     from diffdistill import api
 
-    for name in diffdistill._FROM_API:
+    for name in ("check", "distill", "evaluate", "export", "load", "sample"):
         assert getattr(diffdistill, name) is getattr(api, name)
-    with pytest.raises(AttributeError, match="distill, evaluate, load, sample"):
+    with pytest.raises(AttributeError, match="distill, evaluate, export, load, sample"):
         _ = diffdistill.destill
+
+
+def test_no_room_hides_a_function_of_the_package():
+    """Importing a submodule binds its name in the package, so that a room named like a function would replace it."""
+    import diffdistill
+
+    assert not {room(path) for path in FILES} & set(diffdistill._FROM_API)

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from oracle import Mixture, denoiser, gaussian, processes
+from oracle import Mixture, Slope, denoiser, gaussian, processes
 
 from diffdistill.backbones.mlp import MLP
-from diffdistill.denoiser import Backbone, Denoiser
+from diffdistill.denoiser import Denoiser
 from diffdistill.losses import denoising, gan_discriminator, gan_generator, inject, matching_direction
 from diffdistill.prediction import Prediction
 from diffdistill.process import VE
@@ -151,25 +151,6 @@ def test_f_on_ve_is_edms_weight():
     torch.testing.assert_close(edm, 1 / t**2 + 1 / 0.5**2)
 
 
-class Linear(Backbone):
-    """slope * x: the right family for the denoiser of a centred Gaussian at one time."""
-
-    sample_shape, condition_names = (1,), ()
-
-    def __init__(self):
-        super().__init__()
-        self.slope = torch.nn.Parameter(torch.zeros((), dtype=float64))
-
-    def forward(self, x, time, cond):
-        return self.slope * x
-
-    def null(self, cond):
-        raise ValueError("no unconditional branch")
-
-    def blocks(self):
-        return []
-
-
 @pytest.mark.parametrize("process", processes(), ids=str)
 @pytest.mark.parametrize("space", list(Prediction))
 def test_the_optimum_is_the_posterior_mean_in_every_space(process, space):
@@ -179,7 +160,7 @@ def test_the_optimum_is_the_posterior_mean_in_every_space(process, space):
     x0, eps = std * normal(number, 1), normal(number, 1, seed=1)
     eps = eps - (eps * x0).mean() / x0.square().mean() * x0  # the sample's moments made those of the law
     eps, x0 = eps / eps.square().mean().sqrt(), x0 * std / x0.square().mean().sqrt()
-    backbone = Linear()
+    backbone = Slope()
     model = Denoiser(backbone, process, Prediction.X0, clock="thousand")
     loss = denoising(model, x0, eps, t, None, space=space).mean()
     (first,) = torch.autograd.grad(loss, backbone.slope, create_graph=True)

@@ -18,6 +18,7 @@ from diffdistill.denoiser import Backbone
 
 MEANING, NETWORK = "denoiser.json", "network"
 COMPONENTS = ("unet", "transformer")  # names that pipelines give to their network
+META = torch.device("meta")  # shapes without numbers: what `check` plans memory on
 
 
 def make_backbone(name: str, options: Mapping[str, Any], *, null_label: int | None, checkpointing: bool) -> Backbone:
@@ -36,16 +37,24 @@ def make_backbone(name: str, options: Mapping[str, Any], *, null_label: int | No
     return DiffusersBackbone(network, null_label=null_label, gradient_checkpointing=checkpointing)
 
 
-def read_backbone(folder: Path, *, null_label: int | None, checkpointing: bool) -> Backbone:
+def read_backbone(
+    folder: Path, *, null_label: int | None, checkpointing: bool, device: torch.device | str = "cpu"
+) -> Backbone:
     """A network in diffusers' format, or an MLP in ours, in float32.
 
+    Args:
+        device: on META the weights are not read, and hold no memory.
     Raises:
         ValueError: a file is missing or damaged, or the weights are not those of the config.
     """
-    config = _read_json(folder / "config.json", "give a folder with a network in diffusers' format")
+    config = read_json(folder / "config.json", "give a folder with a network in diffusers' format")
     name = config.get("_class_name")
+    if torch.device(device) == META:
+        options = {key: value for key, value in config.items() if not key.startswith("_")}
+        with META:
+            return make_backbone(name, options, null_label=null_label, checkpointing=checkpointing)
     if name == "MLP":
-        return _read_mlp(folder, config)
+        return _read_mlp(folder, config).to(device)
     kind = _diffusers_class(name, str(folder / "config.json"))
     if not list(folder.glob("*.safetensors")):
         raise ValueError(
@@ -83,11 +92,16 @@ def read_backbone(folder: Path, *, null_label: int | None, checkpointing: bool) 
         # Weights mapped from a file start anywhere, and unaligned ones give other last bits than the same weights do
         # after training or resuming (1e-6 through a small UNet).
         tensor.data = tensor.data.clone()
+    network = network.to(device)
     return DiffusersBackbone(network, null_label=null_label, gradient_checkpointing=checkpointing)
 
 
 def read_diffusers(
-    path_or_name: str | Path, *, null_label: int | None = None, checkpointing: bool = False
+    path_or_name: str | Path,
+    *,
+    null_label: int | None = None,
+    checkpointing: bool = False,
+    device: torch.device | str = "cpu",
 ) -> tuple[Backbone, dict[str, Any] | None]:
     """A network that diffusers wrote, in float32, and what its scheduler says that it means.
 
@@ -95,6 +109,7 @@ def read_diffusers(
         path_or_name: a pipeline's folder (model_index.json), a network's (config.json), or the name of a pipeline on
             the Hugging Face hub, which is downloaded to its cache.
         null_label: the label of a UNet that was trained as "no class"; no file says so.
+        device: as for `read_backbone`.
     Returns:
         The backbone, and the plain data of a DenoiserConfig; None for a network's folder, which has no scheduler.
     Raises:
@@ -103,19 +118,20 @@ def read_diffusers(
     folder = Path(path_or_name)
     if not folder.is_dir():
         folder = _download(str(path_or_name))
+    options = {"null_label": null_label, "checkpointing": checkpointing, "device": device}
     if not (folder / "model_index.json").is_file():
-        return read_backbone(folder, null_label=null_label, checkpointing=checkpointing), None
-    index = _read_json(folder / "model_index.json", "give a pipeline's folder")
+        return read_backbone(folder, **options), None
+    index = read_json(folder / "model_index.json", "give a pipeline's folder")
     networks = [name for name in COMPONENTS if name in index]
     if not networks:
         raise ValueError(f"{folder / 'model_index.json'} names no {' or '.join(COMPONENTS)}; give a diffusion pipeline")
-    config = _read_json(folder / "scheduler" / "scheduler_config.json", "give a pipeline that was saved whole")
+    config = read_json(folder / "scheduler" / "scheduler_config.json", "give a pipeline that was saved whole")
     try:
         said = meaning(config)
     except ValueError as error:
         raise ValueError(f"{folder / 'scheduler' / 'scheduler_config.json'}: {error}") from error
     said["null_label"] = -1 if null_label is None else null_label
-    return read_backbone(folder / networks[0], null_label=null_label, checkpointing=checkpointing), said
+    return read_backbone(folder / networks[0], **options), said
 
 
 def write_backbone(backbone: Backbone, folder: Path, *, half: bool) -> None:
@@ -129,11 +145,6 @@ def write_backbone(backbone: Backbone, folder: Path, *, half: bool) -> None:
     network.save_config(folder)
     name = "diffusion_pytorch_model.fp16.safetensors" if half else "diffusion_pytorch_model.safetensors"
     save_file(_weights(network, half), folder / name, metadata={"format": "pt"})
-
-
-def read_meaning(folder: Path) -> dict:
-    """The plain data of `denoiser.json`."""
-    return json.loads((folder / MEANING).read_text())
 
 
 def _weights(module: nn.Module, half: bool) -> dict[str, torch.Tensor]:
@@ -166,7 +177,7 @@ def _read_mlp(folder: Path, config: Mapping[str, Any]) -> MLP:
     return backbone
 
 
-def _read_json(file: Path, way_out: str) -> dict[str, Any]:
+def read_json(file: Path, way_out: str) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"there is no {file}; {way_out}")
     try:

@@ -32,6 +32,8 @@ class Denoise(Method):
 
     reference = "Karras et al. 2022, arXiv:2206.00364; Lipman et al. 2022, arXiv:2210.02747"
     needs_teacher = False
+    reads = "images"
+    trains = "generator"
 
     def __init__(self, config: Config, networks: Networks):
         self.config = config

@@ -75,6 +75,8 @@ class DMD2(Method):
 
     reference = "Yin et al. 2024, arXiv:2405.14867"
     needs_teacher = True
+    reads = "conditions, and images where the GAN term is on"
+    trains = "generator, critic"
 
     def __init__(self, config: Config, networks: Networks):
         self.config = config

@@ -2,7 +2,7 @@
 
 import torch
 
-from diffdistill.export.stock import Refusal, Request, Stock, require, require_unit_prior, square_size
+from diffdistill.exporting.stock import Refusal, Request, Stock, require, require_unit_prior, square_size
 from diffdistill.prediction import Prediction
 
 

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from diffdistill.export.consistency import consistency
-from diffdistill.export.dit import dit_ddim, dit_flow, dit_renoise
-from diffdistill.export.flow import flow, flow_with_classes
-from diffdistill.export.stock import Refusal, Request, Stock
-from diffdistill.export.variance_preserving import any_ddim, ddim, latent_consistency
+from diffdistill.exporting.consistency import consistency
+from diffdistill.exporting.dit import dit_ddim, dit_flow, dit_renoise
+from diffdistill.exporting.flow import flow, flow_with_classes
+from diffdistill.exporting.stock import Refusal, Request, Stock
+from diffdistill.exporting.variance_preserving import any_ddim, ddim, latent_consistency
 from diffdistill.process import VE, VP, Process, Rectified
 
 

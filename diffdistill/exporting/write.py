@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffdistill.export.card import card
-from diffdistill.export.compare import compare
-from diffdistill.export.exporters import find
-from diffdistill.export.stock import request
+from diffdistill.exporting.card import card
+from diffdistill.exporting.compare import compare
+from diffdistill.exporting.exporters import find
+from diffdistill.exporting.stock import request
 from diffdistill.generator import Generator
+
+TOLERANCE = 1e-5  # absolute, of samples in about [-1, 1]: the rounding of float32 through a network
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,13 @@ class Report:
         )
 
 
-def export(
+def write_pipeline(
     generator: Generator,
     folder: Path,
     *,
     dtype: torch.dtype = torch.float32,
     vae: nn.Module | None = None,
-    tolerance: float = 1e-5,
+    tolerance: float = TOLERANCE,
     replace: bool = False,
 ) -> Report:
     """Write `generator` as a stock diffusers pipeline that reproduces `Generator.sample`.

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from diffdistill.export.stock import Refusal, Request, Stock, require, square_size
+from diffdistill.exporting.stock import Refusal, Request, Stock, require, square_size
 from diffdistill.prediction import Prediction
 
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from diffdistill.export.flow import flow_map_scheduler
-from diffdistill.export.stock import Request, Stock, require, square_size
-from diffdistill.export.variance_preserving import ddim_scheduler, lcm_scheduler, require_even
+from diffdistill.exporting.flow import flow_map_scheduler
+from diffdistill.exporting.stock import Request, Stock, require, square_size
+from diffdistill.exporting.variance_preserving import ddim_scheduler, lcm_scheduler, require_even
 
 
 def dit_ddim(request: Request) -> Stock:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from diffdistill.export.stock import Request, Stock, require, require_unit_prior, square_size
+from diffdistill.exporting.stock import Request, Stock, require, require_unit_prior, square_size
 from diffdistill.prediction import Prediction
 from diffdistill.process import VP
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdistill.export.stock import Stock
+from diffdistill.exporting.stock import Stock
 from diffdistill.generator import Generator
 
 COUNT = 4

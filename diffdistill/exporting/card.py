@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from diffdistill.export.stock import Stock
+from diffdistill.exporting.stock import Stock
 
 CARD = """---
 library_name: diffusers

@@ -1,0 +1,9 @@
+"""From a Generator to a folder that stock diffusers opens: chosen from a table, reopened, compared, or refused."""
+
+from diffdistill.exporting.card import snippet
+from diffdistill.exporting.compare import Replay
+from diffdistill.exporting.exporters import EXPORTERS
+from diffdistill.exporting.stock import Refusal, Stock
+from diffdistill.exporting.write import TOLERANCE, Report, write_pipeline
+
+__all__ = ["EXPORTERS", "TOLERANCE", "Refusal", "Replay", "Report", "Stock", "snippet", "write_pipeline"]

@@ -1,0 +1,242 @@
+"""From a checked config to networks: denoisers read, made anew or written, the teacher and the generator."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+
+from diffdistill import checkpoint
+from diffdistill.backbones.folder import (
+    MEANING,
+    META,
+    NETWORK,
+    make_backbone,
+    read_backbone,
+    read_diffusers,
+    read_json,
+    write_backbone,
+)
+from diffdistill.config import (
+    Config,
+    ConfigError,
+    DenoiserConfig,
+    ProcessConfig,
+    RectifiedConfig,
+    StepsConfig,
+    TeacherConfig,
+    TrigConfig,
+    VEConfig,
+    VPConfig,
+)
+from diffdistill.denoiser import Backbone, Denoiser
+from diffdistill.evaluation.sampling import evaluating
+from diffdistill.generator import Generator
+from diffdistill.memory import memory_for
+from diffdistill.process import VE, VP, Process, Rectified, Trig
+from diffdistill.recipe import plain, typed
+from diffdistill.solvers import at
+from diffdistill.teacher import Teacher
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of parameters; bf16 is autocast
+HUB = "hub:"  # begins a teacher.path that is downloaded, so that a mistyped folder never reaches the network
+
+
+def process(config: ProcessConfig) -> Process:
+    """The Process that a config describes."""
+    match config:
+        case VPConfig():
+            return _table(config)
+        case VEConfig():
+            return VE(**dataclasses.asdict(config))
+        case RectifiedConfig():
+            return Rectified(**dataclasses.asdict(config))
+        case TrigConfig():
+            return Trig(**dataclasses.asdict(config))
+
+
+def _table(config: VPConfig) -> VP:
+    if config.betas:
+        made = VP((1 - torch.tensor(config.betas, dtype=torch.float64)).cumprod(0), sigma_data=config.sigma_data)
+    elif config.table == "cosine":
+        made = VP.cosine(config.steps, sigma_data=config.sigma_data)
+    else:
+        betas = {"beta_start": config.beta_start, "beta_end": config.beta_end}
+        betas = {name: value for name, value in betas.items() if value}
+        made = getattr(VP, config.table)(config.steps, sigma_data=config.sigma_data, **betas)
+    if not config.zero_snr:
+        return made
+    alpha = made.alpha(torch.arange(1, int(made.t_max) + 1, dtype=torch.float64))
+    alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])  # Lin et al. 2024, algorithm 1
+    return VP(alpha**2, sigma_data=config.sigma_data)
+
+
+def denoiser(backbone: Backbone, config: DenoiserConfig) -> Denoiser:
+    """The backbone with what its inputs and outputs mean."""
+    return Denoiser(
+        backbone, process(config.process), config.prediction, clock=config.clock, scale_input=config.scale_input
+    )
+
+
+def read_denoiser(
+    folder: Path, *, checkpointing: bool = False, device: torch.device | str = "cpu"
+) -> tuple[Denoiser, DenoiserConfig]:
+    """A denoiser's folder, as written by `write_denoiser`, and its meaning.
+
+    Args:
+        device: on META the weights are not read, and hold no memory.
+    Raises:
+        ValueError: the folder or a file is missing, damaged, or does not fit.
+    """
+    if not (folder / MEANING).is_file():
+        raise ConfigError(f"there is no {MEANING} in {folder}; give a folder written by diffdistill")
+    config = typed(DenoiserConfig, read_json(folder / MEANING, "restore the folder"), str(folder / MEANING))
+    options = {"null_label": _null_label(config), "checkpointing": checkpointing, "device": device}
+    return denoiser(read_backbone(folder / NETWORK, **options), config), config
+
+
+def teacher_denoiser(
+    config: TeacherConfig, *, checkpointing: bool = False, device: torch.device | str = "cpu"
+) -> tuple[Denoiser, DenoiserConfig]:
+    """The denoiser at teacher.path, of whichever kind, and its meaning; on META without weights.
+
+    Raises:
+        ConfigError, ValueError: nothing readable is there, or it is not clear what the network means.
+    """
+    path, given = config.path, config.denoiser
+    if path.startswith(HUB):
+        source: str | Path = path.removeprefix(HUB)
+    elif (Path(path) / MEANING).is_file():
+        if given is not None:
+            raise ConfigError(f"teacher.denoiser is given, but {path} has a {MEANING} of its own; leave it out")
+        return read_denoiser(Path(path), checkpointing=checkpointing, device=device)
+    elif Path(path).is_dir():
+        source = Path(path)
+    else:
+        raise ConfigError(f"teacher.path={path} is no folder; give one, or {HUB}owner/name for a pipeline on the hub")
+    null_label = None if given is None else _null_label(given)
+    backbone, said = read_diffusers(source, null_label=null_label, checkpointing=checkpointing, device=device)
+    if given is None and said is None:
+        raise ConfigError(f"teacher.denoiser is missing: {path} holds a network, and nothing that says what it means")
+    config = given or typed(DenoiserConfig, said, f"the scheduler in {path}")
+    return denoiser(backbone, config), config
+
+
+def write_denoiser(model: Denoiser, config: DenoiserConfig, folder: Path, *, half: bool = False) -> None:
+    """Write network and meaning, so that `read_denoiser` gives the same denoiser; half: the network in float16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_backbone(model.backbone, folder / NETWORK, half=half)
+    (folder / MEANING).write_text(json.dumps(plain(config), indent=1) + "\n")
+
+
+def starting_denoiser(config: Config, device: torch.device | str = "cpu") -> tuple[Denoiser, DenoiserConfig]:
+    """What the generator starts from: the teacher, a network made anew, or the folder in generator.init_from."""
+    checkpointing, wanted = config.train.gradient_checkpointing, config.generator
+    if wanted.network is not None:
+        with torch.random.fork_rng(), META if torch.device(device) == META else torch.device("cpu"):
+            torch.manual_seed(config.seed)
+            try:
+                backbone = make_backbone(
+                    wanted.network.name,
+                    wanted.network.options,
+                    null_label=_null_label(wanted.denoiser),
+                    checkpointing=checkpointing,
+                )
+            except ValueError as error:
+                raise ConfigError(f"generator.{error}") from error
+        model, meaning = denoiser(backbone, wanted.denoiser).to(device), wanted.denoiser
+    elif config.teacher is not None:
+        model, meaning = teacher_denoiser(config.teacher, checkpointing=checkpointing, device=device)
+    elif (Path(wanted.init_from) / MEANING).is_file():
+        return read_denoiser(Path(wanted.init_from), checkpointing=checkpointing, device=device)
+    else:
+        raise ConfigError(
+            "nothing to start from: give teacher.path, generator.network with generator.denoiser, or the folder of a "
+            "denoiser as generator.init_from"
+        )
+    if wanted.init_from and torch.device(device) != META:
+        source, parameters = Path(wanted.init_from), dict(model.named_parameters())
+        if (source / MEANING).is_file():
+            stored = {name: value.detach() for name, value in read_denoiser(source)[0].named_parameters()}
+            checkpoint.fill(parameters, stored, source=source)
+        else:
+            checkpoint.initialise(parameters, source, player="generator", weights=wanted.init_weights)
+    return model, meaning
+
+
+def generator(config: Config, model: Denoiser) -> Generator:
+    """The denoiser with the times and the step rule of the config."""
+    grid = config.generator.grid
+    grid = model.process.grid(grid.steps) if isinstance(grid, StepsConfig) else grid
+    return Generator(model, grid, step_rule=config.generator.step_rule)
+
+
+def teacher(config: Config, device: torch.device) -> Teacher:
+    """The frozen teacher of the config, in its precision."""
+    if config.teacher is None:
+        raise ConfigError(f"method {config.method_name} needs a teacher; set teacher.path")
+    with memory_for("the teacher's weights"):
+        frozen, _ = teacher_denoiser(config.teacher, device=device)
+        frozen = frozen.to(DTYPES[config.train.precision])
+    if config.teacher.guidance != 1 and frozen.backbone.condition_names:
+        frozen.backbone.null({name: torch.zeros(1, dtype=torch.long) for name in frozen.backbone.condition_names})
+    return Teacher(frozen, guidance=config.teacher.guidance)
+
+
+def refuse_unfit_network(model: Denoiser, role: str) -> None:
+    """One tiny forward: refuses a network that does not take its own samples and conditions, or changes their shape."""
+    x, _, cond = blank_batch(model)
+    shape = tuple(x.shape[1:])
+    try:
+        with torch.no_grad(), evaluating(model):
+            output = model.backbone(x, x.new_ones(1), cond)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # foreign code may raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"the network of {role} fails on a sample of shape {shape}: {reason}; look at its options"
+        ) from error
+    if output.shape != x.shape:
+        raise ConfigError(
+            f"the network of {role} gives shape {tuple(output.shape[1:])} for samples of shape {shape}; its inputs and "
+            "outputs must be of one shape"
+        )
+
+
+def refuse_disagreement(student: Denoiser, frozen: Denoiser) -> None:
+    """Refuses a student whose samples or classes are not the teacher's."""
+    if student.sample_shape != frozen.sample_shape:
+        raise ConfigError(
+            f"generator.network makes samples of shape {tuple(student.sample_shape)}, the teacher of "
+            f"{tuple(frozen.sample_shape)}; build the network for the teacher's shape"
+        )
+    ours, theirs = student.backbone.num_classes, frozen.backbone.num_classes
+    if ours != theirs:
+        raise ConfigError(
+            f"generator.network knows {ours} classes, the teacher {theirs}; build the network for the teacher's classes"
+        )
+
+
+def feature_shapes(model: Denoiser, taps: tuple[str, ...]) -> list[torch.Size]:
+    """Shape, without the batch, of what each tapped module gives."""
+    names = {name for name, _ in model.backbone.named_modules()}
+    for tap in taps:
+        if tap not in names:
+            example = next((name for name in names if name.endswith("mid_block")), sorted(names)[-1])
+            raise ConfigError(f"critic.taps names {tap!r}, which the network does not have; e.g. {example}")
+    with torch.no_grad():
+        _, features = model.with_features(*blank_batch(model), taps=taps)
+    return [feature.shape[1:] for feature in features]
+
+
+def blank_batch(model: Denoiser) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """A batch of one that the denoiser accepts: x_t, t and condition."""
+    parameter = next(model.parameters())
+    x = torch.zeros(1, *model.sample_shape, device=parameter.device, dtype=parameter.dtype)
+    cond = {name: torch.zeros(1, dtype=torch.long, device=x.device) for name in model.backbone.condition_names}
+    return x, at(model.process.t_max / 2, x), cond
+
+
+def _null_label(config: DenoiserConfig) -> int | None:
+    return None if config.null_label < 0 else config.null_label
