@@ -1,6 +1,6 @@
 """Scores of a teacher by number of steps and solver, and which is best: what `make demo` holds the student against.
 
-    python benchmarks/teacher_steps.py checkpoints/fashion-edm --out checkpoints/fashion-edm/scores.json
+python benchmarks/teacher_steps.py checkpoints/fashion-edm --out checkpoints/fashion-edm/scores.json
 """
 
 import argparse

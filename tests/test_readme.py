@@ -1,12 +1,15 @@
 """What the README shows is run here as it stands there."""
 
 import re
+import shlex
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import Accelerator
 from oracle import denoiser, gaussian
 
+from diffdistill import cli
 from diffdistill.backbones.mlp import MLP
 from diffdistill.critic import Critic
 from diffdistill.data import Labels, Streams
@@ -16,6 +19,7 @@ from diffdistill.method import Networks
 from diffdistill.player import LearningRate, Player
 from diffdistill.prediction import Prediction
 from diffdistill.process import VE
+from diffdistill.recipe import load_config
 from diffdistill.rng import Rng
 from diffdistill.teacher import Teacher
 from diffdistill.trainer import Schedule, Trainer
@@ -27,6 +31,21 @@ def example() -> str:
     """The source of the README's method."""
     (found,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "(Method)" in block]
     return found
+
+
+COMMANDS = re.findall(r"^diffdistill (.*?)(?:\s+#.*)?$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_shown_exist(command):
+    assert cli.parser().parse_args(shlex.split(command)).command == command.split()[0]
+
+
+def test_the_experiment_shown_is_valid(tmp_path):
+    (shown,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "my.yaml").write_text(shown)
+    config = load_config(tmp_path / "my.yaml")
+    assert config.generator.grid == (1000.0,) and config.method_name == "dmd2"
 
 
 def test_the_example_method_is_short_and_distills_a_teacher(tmp_path):
