@@ -37,5 +37,5 @@ $(VENV)/test.done: $(VENV)/core.done
 	$(PIP) --editable '.[test]'
 	@touch $@
 
-clean:
-	rm -rf $(VENV) runs
+clean:  # keeps runs/, which may hold work
+	rm -rf $(VENV)

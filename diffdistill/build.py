@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from diffdistill import networks
-from diffdistill.config import Config, ConfigError, DataConfig, HalfLifeConfig, PlayerConfig
+from diffdistill.backbones.folder import MEANING
+from diffdistill.config import Config, ConfigError, CriticConfig, DataConfig, HalfLifeConfig, PlayerConfig
 from diffdistill.critic import Critic, DiscriminatorHead
 from diffdistill.data import Images, Labels, Stream, Streams, refuse_unfit
 from diffdistill.data.fashion_mnist import Split, load_fashion_mnist
@@ -24,7 +25,8 @@ from diffdistill.generator import Generator
 from diffdistill.memory import memory_for
 from diffdistill.method import Method, Networks, PlayerSpec
 from diffdistill.methods import METHODS
-from diffdistill.player import HalfLifeDecay, LearningRate, Player
+from diffdistill.player import RAW, HalfLifeDecay, LearningRate, Player
+from diffdistill.recipe import plain
 from diffdistill.rng import Rng
 from diffdistill.teacher import Teacher
 from diffdistill.trainer import Every, Schedule, Trainer
@@ -32,6 +34,7 @@ from diffdistill.trainer import Every, Schedule, Trainer
 
 def method(config: Config, device: torch.device) -> Method:
     """The method with its networks, on the device."""
+    refuse_unused(config)
     kind = METHODS[config.method_name]
     dtype = networks.DTYPES[config.train.precision]
     with memory_for("the generator's weights"):
@@ -52,7 +55,9 @@ def method(config: Config, device: torch.device) -> Method:
     def new_critic() -> Critic:
         with memory_for("the critic's weights"):
             own = copy.deepcopy(frozen.denoiser).requires_grad_(True)
-            if not getattr(config.method, "uses_gan", False):
+            if config.train.gradient_checkpointing:
+                networks.recompute_activations(own)
+            if not uses_gan(config):
                 return Critic(own)
             trunk = frozen.denoiser if config.critic.trunk == "teacher" else None
             shapes = networks.feature_shapes(own, config.critic.taps)
@@ -62,6 +67,47 @@ def method(config: Config, device: torch.device) -> Method:
             return Critic(own, head=head, taps=config.critic.taps, trunk=trunk)
 
     return kind(config.method, Networks(new_generator, new_critic, frozen))
+
+
+def uses_gan(config: Config) -> bool:
+    """Whether the method's critic has a discriminator; a method without the property has none."""
+    return getattr(config.method, "uses_gan", False)
+
+
+def refuse_unused(config: Config) -> None:
+    """Refuses what is written in a config and would change nothing."""
+    wanted, frozen, name = config.generator, config.teacher, config.method_name
+    if wanted.init_weights != RAW:
+        if not wanted.init_from:
+            raise ConfigError(
+                f"generator.init_weights={wanted.init_weights} is given without generator.init_from; name the run or "
+                "checkpoint that has these weights, or leave it out"
+            )
+        if (Path(wanted.init_from) / MEANING).is_file():
+            raise ConfigError(
+                f"generator.init_weights={wanted.init_weights} has no meaning: generator.init_from={wanted.init_from} "
+                "is a denoiser's folder, which holds one set of weights; leave init_weights out, or give a run"
+            )
+    if frozen is not None and not METHODS[name].needs_teacher:
+        if wanted.network is not None:
+            raise ConfigError(
+                f"teacher.path={frozen.path} is given, but method {name} needs no teacher and the generator starts as "
+                "generator.network; leave out teacher, or leave out generator.network and generator.denoiser to "
+                "start from the teacher"
+            )
+        if frozen.guidance != 1:
+            raise ConfigError(
+                f"teacher.guidance={frozen.guidance} has no meaning for method {name}, which takes only the weights of "
+                "the teacher; leave guidance out"
+            )
+    if not uses_gan(config):
+        for f in dataclasses.fields(CriticConfig):
+            given = getattr(config.critic, f.name)
+            if given != f.default:
+                raise ConfigError(
+                    f"critic.{f.name}={plain(given)} is about a discriminator, and method {name} has none with these "
+                    "options; leave it out, or turn the method's GAN term on where it has one"
+                )
 
 
 def shard(spec: PlayerSpec, device: torch.device) -> PlayerSpec:
@@ -130,12 +176,17 @@ def images(config: DataConfig, split: Split) -> ImageSet:
 
 def streams(config: Config, names: frozenset[str], model: Denoiser, device: torch.device) -> Streams:
     """The data a method reads, checked against what the denoiser expects."""
-    classes, made = model.backbone.num_classes, {}
-    if "conditions" in names:
-        made["conditions"] = Labels(classes)
-    if "images" in names:
-        made["images"] = image_stream(config, model, device)
-    return Streams(made)
+    makers: dict[str, Callable[[], Stream]] = {
+        "conditions": lambda: Labels(model.backbone.num_classes),
+        "images": lambda: image_stream(config, model, device),
+    }
+    unknown = sorted(names - makers.keys())
+    if unknown:
+        raise ConfigError(
+            f"method.name={config.method_name} reads the stream {unknown[0]}, which nothing makes; known are "
+            f"{', '.join(makers)}; read one of these, or add {unknown[0]} to build.streams"
+        )
+    return Streams({name: make() for name, make in makers.items() if name in names})
 
 
 def image_stream(config: Config, model: Denoiser, device: torch.device) -> Stream:

@@ -1,4 +1,5 @@
-"""The command line: train | sample | evaluate | export | check | methods. The only file that reads the environment.
+"""The command line: train | sample | evaluate | export | check | methods. The only file that reads the environment
+(an experiment may, by ${oc.env:NAME,default}).
 
 Exit status: 0 fine; 2 a mistake of the user, told in one line; 1 a run that had to stop; 130 and 143 after Ctrl-C and
 SIGTERM.
@@ -9,7 +10,7 @@ import json
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
@@ -22,13 +23,22 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit status."""
-    options = parser().parse_args(arguments)
+    options = parse(arguments)
+    return status_of(lambda: options.act(options), debug=options.debug)
+
+
+def status_of(act: Callable[[], None], *, debug: bool = False) -> int:
+    """Do it; the exit status, after one line on stderr about what went wrong.
+
+    Args:
+        debug: raise a user's mistake instead, for its traceback.
+    """
     from diffdistill.api import Stopped
     from diffdistill.memory import OutOfMemory
     from diffdistill.trainer import NonFinite
 
     try:
-        options.act(options)
+        act()
         return 0
     except Stopped as stop:
         return _tell(stop, 128 + stop.number)
@@ -37,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (NonFinite, OutOfMemory) as error:
         return _tell(error, 1)
     except (ValueError, OSError) as error:
-        if options.debug:
+        if debug:
             raise
         return _tell(error, 2)
 
@@ -47,6 +57,17 @@ def _tell(message: object, status: int) -> int:
     where = "" if rank == "0" else f" (process {rank})"
     print(f"diffdistill{where}: {' '.join(str(message).split())}", file=sys.stderr)
     return status
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of one command; key=value may stand before or behind its other options."""
+    commands = parser()
+    options, rest = commands.parse_known_args(arguments)
+    if rest and (any("=" not in word or word.startswith("-") for word in rest) or "overrides" not in options):
+        commands.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def parser() -> argparse.ArgumentParser:
@@ -118,6 +139,12 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--as", dest="kind", choices=("pipeline", "denoiser"), default="pipeline")
     export.add_argument("--replace", action="store_true", help="put it in the place of an earlier export")
     export.add_argument("--half", action="store_true", help="weights in float16")
+    export.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-5,
+        help="largest difference of the pipeline from the generator (%(default)s)",
+    )
     for part in (sample, evaluate, export):
         part.add_argument("source", type=Path, metavar="RUN|FOLDER", help="output of train, or a denoiser's folder")
         part.add_argument(
@@ -185,8 +212,11 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from diffdistill import api
 
-    write = {"pipeline": api.export, "denoiser": api.export_denoiser}[options.kind]
-    print(write(options.source, options.out, weights=options.weights, half=options.half, replace=options.replace))
+    shared = {"weights": options.weights, "half": options.half, "replace": options.replace}
+    if options.kind == "denoiser":
+        print(api.export_denoiser(options.source, options.out, **shared))
+    else:
+        print(api.export(options.source, options.out, tolerance=options.tolerance, **shared))
 
 
 def _methods(options: argparse.Namespace) -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from diffdistill import api
+from diffdistill.cli import status_of
 from diffdistill.config import ConfigError
-from diffdistill.data.fashion_mnist import load_fashion_mnist
+from diffdistill.data.fashion_mnist import CLASS_NAMES, load_fashion_mnist
 from diffdistill.evaluation.features import MOMENTS_FILE, Extractor, default_extractor
 from diffdistill.evaluation.frechet import load_moments
 from diffdistill.evaluation.grid import comparison_sheet
@@ -25,7 +26,6 @@ from diffdistill.recipe import load_config
 
 CONFIG = Path("configs/fashion/demo.yaml")
 FEATURES = Path("checkpoints/fashion-features")
-CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 SAMPLE_SEED = 20_000  # of the samples that are measured and shown; training draws with another key
 BATCH = 100
 
@@ -68,15 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=2000, help="measured per row (%(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="on top of the config, e.g. seed=1")
     options = parser.parse_args(arguments)
-    try:
-        demo(options.config, options.overrides, count=options.samples)
-    except ConfigError as error:
-        print(f"demo: {error}", file=sys.stderr)
-        return 2
-    except api.Stopped as stopped:
-        print(f"demo: {stopped}", file=sys.stderr)
-        return 128 + stopped.number
-    return 0
+    return status_of(lambda: demo(options.config, options.overrides, count=options.samples))
 
 
 def demo(path: Path, overrides: list[str], *, count: int) -> None:
@@ -87,6 +79,8 @@ def demo(path: Path, overrides: list[str], *, count: int) -> None:
         raise ConfigError(f"--samples={count} is too few to measure; take at least 100")
     started = time.perf_counter()
     config = load_config(path, overrides)
+    if config.teacher is None:
+        raise ConfigError(f"{path} names no teacher to hold the student against; set teacher.path")
     output = Path(config.output)
 
     print(f"1/4  Distilling {config.teacher.path} into {len(config.generator.grid)} step(s)")
@@ -129,7 +123,7 @@ def draw(path: Path, best: Solved, student: Generator) -> None:
         (f"student\n{len(student.grid)} step", student),
     ]
     drawn = [(name, sample_images(source, 20, seed=SAMPLE_SEED, batch=20)[0]) for name, source in rows]
-    comparison_sheet(drawn, CLASSES, scale=3).save(path)
+    comparison_sheet(drawn, CLASS_NAMES, scale=3).save(path)
 
 
 def table(rows: list[Row]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from diffdistill import checkpoint
+from diffdistill.backbones.diffusers import DiffusersBackbone
 from diffdistill.backbones.folder import (
     MEANING,
     META,
@@ -164,6 +165,12 @@ def starting_denoiser(config: Config, device: torch.device | str = "cpu") -> tup
     return model, meaning
 
 
+def recompute_activations(model: Denoiser) -> None:
+    """Change the denoiser to what `read_denoiser` gives with checkpointing=True; an MLP keeps its few activations."""
+    if isinstance(model.backbone, DiffusersBackbone):
+        model.backbone.network.enable_gradient_checkpointing()
+
+
 def generator(config: Config, model: Denoiser) -> Generator:
     """The denoiser with the times and the step rule of the config."""
     grid = config.generator.grid
@@ -178,7 +185,12 @@ def teacher(config: Config, device: torch.device) -> Teacher:
     with memory_for("the teacher's weights"):
         frozen, _ = teacher_denoiser(config.teacher, device=device)
         frozen = frozen.to(DTYPES[config.train.precision])
-    if config.teacher.guidance != 1 and frozen.backbone.condition_names:
+    if config.teacher.guidance != 1:
+        if not frozen.backbone.condition_names:
+            raise ConfigError(
+                f"teacher.guidance={config.teacher.guidance} needs a teacher with classes, and {config.teacher.path} "
+                "has none; leave guidance out"
+            )
         frozen.backbone.null({name: torch.zeros(1, dtype=torch.long) for name in frozen.backbone.condition_names})
     return Teacher(frozen, guidance=config.teacher.guidance)
 

@@ -131,12 +131,6 @@ class Average:
         for parameter, copy in zip(self.parameters, self.copies, strict=True):
             local(copy).lerp_(local(parameter), finite.to(copy.dtype) * part)
 
-    @torch.no_grad()
-    def restart(self) -> None:
-        """Set the copies to the present parameters."""
-        for parameter, copy in zip(self.parameters, self.copies, strict=True):
-            local(copy).copy_(local(parameter))
-
     @contextmanager
     def swapped_in(self):
         """Within the block the player's modules compute with the averaged values."""

@@ -101,7 +101,8 @@ class Trainer:
         self._flags: list[tuple[int, list[str], Tensor, torch.cuda.Event | None]] = []
         # the host reads a step's flags once the next step is queued, so as never to wait for CUDA; a CPU has no queue
         self._behind = 1 if accelerator.device.type == "cuda" else 0
-        self._stop_signal: int | None = None
+        self._stop_signal: int | None = None  # that came to this process
+        self._stopped: int | None = None  # that all processes have agreed on
         self._started = time.perf_counter()
 
     @property
@@ -119,7 +120,7 @@ class Trainer:
         bar = tqdm(
             total=steps, initial=self.step, unit="step", disable=not self.main, dynamic_ncols=True, mininterval=1
         )
-        first = True
+        first, self._stop_signal, self._stopped = True, None, None
         with self._signals_noted(), bar:
             while True:
                 self._top(resumed=first and self.step > 0)
@@ -129,11 +130,11 @@ class Trainer:
                     return None
                 self.one_step()
                 bar.update()
-                stopped = self._read_flags(behind=self._behind)
-                if stopped:
+                self._read_flags(behind=self._behind)
+                if self._stopped:
                     self._log_if_due()
                     self.save()
-                    return stopped
+                    return self._stopped
 
     def one_step(self) -> None:
         """One pass through the method's plan."""
@@ -305,9 +306,11 @@ class Trainer:
             event.record()
         self._flags.append((self.step, names, sent, event))
 
-    def _read_flags(self, *, behind: int) -> int | None:
-        """Look at the flags of all but the newest `behind` steps; the signal that all ranks agree on, if one came."""
-        stopped = None
+    def _read_flags(self, *, behind: int) -> None:
+        """Look at the flags of all but the newest `behind` steps, and note the signal that all ranks agree on.
+
+        Whoever reads first, a log line or a checkpoint too, the loop must hear of the signal.
+        """
         while len(self._flags) > behind:
             step, names, flags, event = self._flags.pop(0)
             if event is not None:
@@ -320,8 +323,7 @@ class Trainer:
                     f"last checkpoint in {self.output / 'checkpoints'} is good. Running on would fail the same way: "
                     "begin a new recipe from it, with a lower learning rate for that player or with precision fp32"
                 )
-            stopped = stopped or (int(signal_number) or None)
-        return stopped
+            self._stopped = self._stopped or (int(signal_number) or None)
 
     @contextmanager
     def _signals_noted(self):

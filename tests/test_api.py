@@ -10,7 +10,7 @@ import diffdistill
 from diffdistill import api, build, networks
 from diffdistill.backbones.folder import META
 from diffdistill.backbones.mlp import MLP
-from diffdistill.config import ConfigError, DataConfig, TeacherConfig, VPConfig
+from diffdistill.config import ConfigError, DataConfig, DenoiserConfig, TeacherConfig, VEConfig, VPConfig
 from diffdistill.data import refuse_unfit
 from diffdistill.denoiser import Denoiser
 from diffdistill.evaluation.sampling import Solved, evaluating, sample_images
@@ -202,6 +202,81 @@ def test_a_student_may_speak_another_process_than_its_teacher(chain, tmp_path):
     chosen = build.method(parse(recipe), torch.device("cpu"))
     assert isinstance(chosen.generator.process, VP) and chosen.teacher.process.same_law(chosen.generator.process)
     assert chosen.critic.process.same_law(chosen.generator.process)
+
+
+def recomputes(model: Denoiser) -> bool:
+    return any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_what_trains_recomputes_its_activations_where_asked_and_the_frozen_teacher_never(wanted, chain, tmp_path):
+    recipe = student_recipe(tmp_path, chain[0] / "exported")
+    recipe["train"]["gradient_checkpointing"] = wanted
+    chosen = build.method(parse(recipe), torch.device("cpu"))
+    assert recomputes(chosen.generator.denoiser) == recomputes(chosen.critic.denoiser) == wanted
+    assert not recomputes(chosen.teacher.denoiser)
+
+
+def test_a_stream_that_nothing_makes_is_refused():
+    with pytest.raises(ConfigError, match="reads the stream pairs, which nothing makes; known are conditions, images"):
+        build.streams(parse(smallest_recipe()), frozenset({"pairs"}), toy_denoiser(), torch.device("cpu"))
+
+
+def smallest_recipe() -> dict:
+    """What `parse` needs, and no file."""
+    return {
+        "output": "run",
+        "method": {"name": "denoise"},
+        "generator": {"grid": [1.0]},
+        "players": {"generator": {"learning_rate": 1e-3}},
+        "train": {"steps": 1, "batch": 1},
+    }
+
+
+def refusal(recipe: dict) -> str:
+    with pytest.raises(ConfigError) as caught:
+        build.method(parse(recipe), META)
+    return str(caught.value)
+
+
+def test_weights_chosen_from_what_holds_one_set_of_them_are_refused(chain, tmp_path):
+    folder, run, _, _ = chain
+    recipe = teacher_recipe(tmp_path)
+    recipe["generator"] |= {"init_weights": "fast"}
+    assert "generator.init_weights=fast is given without generator.init_from" in refusal(recipe)
+    recipe["generator"] |= {"init_from": str(folder / "exported")}
+    assert "holds one set of weights; leave init_weights out, or give a run" in refusal(recipe)
+    recipe["generator"] |= {"init_from": str(run)}
+    build.method(parse(recipe), torch.device("cpu"))
+
+
+def test_a_teacher_that_changes_nothing_is_refused(chain, tmp_path):
+    path = str(chain[0] / "exported")
+    recipe = teacher_recipe(tmp_path) | {"teacher": {"path": path}}
+    assert f"teacher.path={path} is given, but method denoise needs no teacher" in refusal(recipe)
+    recipe["generator"] = {"grid": [20.0]}
+    build.method(parse(recipe), META)  # fine-tuning: the generator starts from it
+    recipe["teacher"]["guidance"] = 2.0
+    assert "teacher.guidance=2.0 has no meaning for method denoise" in refusal(recipe)
+
+
+@pytest.mark.parametrize(("name", "value"), [("taps", ["network.conv_in"]), ("trunk", "teacher")])
+def test_settings_of_a_discriminator_that_is_not_there_are_refused(name, value, chain, tmp_path):
+    recipe = student_recipe(tmp_path, chain[0] / "exported") | {"critic": {name: value}}
+    build.method(parse(recipe), META)
+    recipe["method"] = {"name": "dmd2"}
+    assert f"critic.{name}={value} is about a discriminator, and method dmd2 has none" in refusal(recipe)
+    assert f"critic.{name}={value}" in refusal(teacher_recipe(tmp_path) | {"critic": {name: value}})
+
+
+def test_guidance_of_a_teacher_without_classes_is_refused_before_the_first_step(tmp_path):
+    meaning = DenoiserConfig(VEConfig(), Prediction.F, "log_ratio", scale_input=True)
+    networks.write_denoiser(without_classes(), meaning, tmp_path / "plain")
+    recipe = student_recipe(tmp_path, tmp_path / "plain")
+    recipe |= {"method": {"name": "dmd2"}, "critic": {}}
+    build.method(parse(recipe), META)
+    recipe["teacher"]["guidance"] = 2.0
+    assert "teacher.guidance=2.0 needs a teacher with classes" in refusal(recipe)
 
 
 def test_a_first_batch_that_does_not_fit_is_refused():

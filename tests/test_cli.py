@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import refused, student_recipe, teacher_recipe, write_images, write_recipe
 
 from diffdistill import api, networks
-from diffdistill.cli import main
+from diffdistill.cli import main, parse
 from diffdistill.methods.dmd2 import DMD2
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
@@ -390,3 +390,12 @@ def test_a_mistake_in_a_real_process_is_one_line_and_status_2(teacher):
     done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "did you mean steps?" in done.stderr
+
+
+def test_overrides_may_stand_behind_options():
+    options = parse(["check", "my.yaml", "train.steps=3", "--run", "train.batch=4"])
+    assert options.overrides == ["train.steps=3", "train.batch=4"] and options.run
+    for wrong in (["check", "my.yaml", "--nope=3"], ["check", "my.yaml", "--run", "word"], ["methods", "a=1"]):
+        with pytest.raises(SystemExit) as left:
+            parse(wrong)
+        assert left.value.code == 2

@@ -38,7 +38,7 @@ COMMANDS = re.findall(r"^diffdistill (.*?)(?:\s+#.*)?$", README, re.MULTILINE)
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_commands_shown_exist(command):
-    assert cli.parser().parse_args(shlex.split(command)).command == command.split()[0]
+    assert cli.parse(shlex.split(command)).command == command.split()[0]
 
 
 def test_the_experiment_shown_is_valid(tmp_path):

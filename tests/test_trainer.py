@@ -59,10 +59,13 @@ def test_hooks_sample_without_dropout(tmp_path):
     assert seen == [True] * 3
 
 
+@pytest.mark.parametrize("behind", [0, 1], ids=["host reads at once", "host reads a step later"])
+@pytest.mark.parametrize("every", [{}, {"log_every": 1}, {"save_every": 1}], ids=str)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_leaves_and_handlers_are_restored(number, tmp_path):
-    before = signal.getsignal(number)
-    trainer = make_trainer(CASES["denoise"], tmp_path, schedule=SCHEDULE)
+def test_a_signal_saves_and_leaves_and_handlers_are_restored(number, every, behind, tmp_path):
+    before, schedule = signal.getsignal(number), dataclasses.replace(SCHEDULE, **every)
+    trainer = make_trainer(CASES["denoise"], tmp_path, schedule=schedule)
+    trainer._behind = behind  # on CUDA it is 1
     draw = trainer.data.draw
 
     class Signalling:
@@ -74,11 +77,11 @@ def test_a_signal_saves_and_leaves_and_handlers_are_restored(number, tmp_path):
     trainer.data = Signalling()
     assert trainer.run() == number
     assert signal.getsignal(number) == before
-    assert checkpoint.read_state(checkpoint.latest(tmp_path))["step"] == 3
-    resumed = make_trainer(CASES["denoise"], tmp_path, schedule=SCHEDULE)
+    assert checkpoint.read_state(checkpoint.latest(tmp_path))["step"] == 3 + behind
+    resumed = make_trainer(CASES["denoise"], tmp_path, schedule=schedule)
     resumed.resume(checkpoint.latest(tmp_path))
     assert resumed.run() is None
-    assert [line["step"] for line in lines(tmp_path)] == [2, 4, 6]
+    assert [line["step"] for line in lines(tmp_path)] == [s for s in range(1, 7) if s % schedule.log_every == 0]
 
 
 def test_log_lines_after_the_checkpoint_are_dropped_and_a_short_log_is_refused(tmp_path):

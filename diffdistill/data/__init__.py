@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from diffdistill.data.image_set import ImageSet
 from diffdistill.method import Batch, Sample
@@ -48,16 +47,6 @@ class Labels(Stream):
 
     def draw(self, rng: Rng) -> Sample:
         return Sample(cond={"label": rng.integers(self.num_classes)} if self.num_classes else {})
-
-
-@dataclass(frozen=True)
-class Points(Stream):
-    """Rows of a tensor (M, ...), drawn uniformly with replacement: two-dimensional data sets."""
-
-    points: Tensor
-
-    def draw(self, rng: Rng) -> Sample:
-        return Sample(x0=self.points[rng.integers(len(self.points))].to(rng.dtype))
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,8 @@ def write_pipeline(
             )
         text = card(stock, num_classes=asked.num_classes, num_steps=len(asked.grid), difference=difference)
         (beside / "README.md").write_text(text)
-        beside.chmod(0o755)  # temporary folders are private
+        for path in (beside, *beside.rglob("*")):  # temporary folders and safetensors files are private
+            path.chmod(0o755 if path.is_dir() else 0o644)
         if folder.exists():
             shutil.rmtree(folder)
         beside.rename(folder)
