@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from diffdistill.player import RAW, Player, local, whole
 
 STATE = "state.json"
+LOG = "log.jsonl"  # of a run, whose length a checkpoint records
 
 
 class CheckpointError(ValueError):

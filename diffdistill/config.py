@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from diffdistill.denoiser import CLOCKS
-from diffdistill.generator import STEP_RULES
+from diffdistill.generator import STEP_RULES, check_descending
 from diffdistill.player import RAW, ConstantDecay, PowerDecay
 from diffdistill.prediction import Prediction
 from diffdistill.times import TIME_SAMPLERS, TimeSampler
@@ -140,10 +140,7 @@ class GeneratorConfig:
             )
         if isinstance(self.grid, StepsConfig):
             return
-        if not self.grid or any(after >= before for before, after in zip(self.grid, self.grid[1:], strict=False)):
-            raise ValueError(
-                f"grid must be strictly decreasing, got {list(self.grid)}; list the largest noise time first"
-            )
+        check_descending(self.grid)
         if self.grid[-1] <= 0:
             raise ValueError(f"grid must lie in (0, t_max], got {list(self.grid)}; leave out the time of the data")
 

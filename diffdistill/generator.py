@@ -1,6 +1,7 @@
 """Generator: a trainable denoiser with the few times at which it is evaluated."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -12,6 +13,14 @@ from diffdistill.rng import Rng
 from diffdistill.solvers import SOLVERS, at, solve
 
 STEP_RULES = ("renoise", *SOLVERS)
+
+
+def check_descending(grid: Sequence[float]) -> None:
+    """Refuses times that are empty or do not fall strictly."""
+    if not grid or any(after >= before for before, after in pairwise(grid)):
+        raise ValueError(
+            f"generator.grid must be strictly decreasing, got {list(grid)}; list the largest noise time first"
+        )
 
 
 class Generator:
@@ -28,10 +37,7 @@ class Generator:
     def __init__(self, denoiser: Denoiser, grid: Sequence[float], *, step_rule: str = "renoise"):
         grid = tuple(float(t) for t in grid)
         process = denoiser.process
-        if not grid or any(after >= before for before, after in zip(grid, grid[1:], strict=False)):
-            raise ValueError(
-                f"generator.grid must be strictly decreasing, got {grid}; list the largest noise time first"
-            )
+        check_descending(grid)
         if grid[0] > process.t_max or grid[-1] <= 0:
             raise ValueError(f"generator.grid must lie in (0, {process.t_max:g}], the times of {process}, got {grid}")
         if step_rule not in STEP_RULES:

@@ -18,7 +18,6 @@ from diffdistill.config import Config, ConfigError
 from diffdistill.recipe import as_yaml, flat, load_config, plain
 
 RECIPE = "config.yaml"
-LOG = "log.jsonl"
 LOCK = ".lock"
 
 # Keys that may differ when a run goes on, since they do not change what it computes.
@@ -65,7 +64,7 @@ def enter(config: Config, *, writes: bool) -> Path | None:
     try:
         run.mkdir(parents=True, exist_ok=True)
         if found is None:
-            (run / LOG).unlink(missing_ok=True)  # of a start that never reached a checkpoint
+            (run / checkpoint.LOG).unlink(missing_ok=True)  # of a start that never reached a checkpoint
         beside = run / f".{RECIPE}.writing"
         beside.write_text(as_yaml(config, f"The resolved recipe of this run, by diffdistill {__version__}."))
         beside.replace(run / RECIPE)

@@ -211,7 +211,7 @@ class Trainer:
 
     @property
     def _log_path(self) -> Path:
-        return self.output / "log.jsonl"
+        return self.output / checkpoint.LOG
 
     def _top(self, *, resumed: bool) -> None:
         """What is due before a step: logs, a checkpoint, then the hooks. Resuming re-enters at the hooks."""
