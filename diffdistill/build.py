@@ -57,7 +57,7 @@ def method(config: Config, device: torch.device) -> Method:
             own = copy.deepcopy(frozen.denoiser).requires_grad_(True)
             if config.train.gradient_checkpointing:
                 networks.recompute_activations(own)
-            if not uses_gan(config):
+            if not kind.discriminates(config.method):
                 return Critic(own)
             trunk = frozen.denoiser if config.critic.trunk == "teacher" else None
             shapes = networks.feature_shapes(own, config.critic.taps)
@@ -67,11 +67,6 @@ def method(config: Config, device: torch.device) -> Method:
             return Critic(own, head=head, taps=config.critic.taps, trunk=trunk)
 
     return kind(config.method, Networks(new_generator, new_critic, frozen))
-
-
-def uses_gan(config: Config) -> bool:
-    """Whether the method's critic has a discriminator; a method without the property has none."""
-    return getattr(config.method, "uses_gan", False)
 
 
 def refuse_unused(config: Config) -> None:
@@ -100,7 +95,7 @@ def refuse_unused(config: Config) -> None:
                 f"teacher.guidance={frozen.guidance} has no meaning for method {name}, which takes only the weights of "
                 "the teacher; leave guidance out"
             )
-    if not uses_gan(config):
+    if not METHODS[name].discriminates(config.method):
         for f in dataclasses.fields(CriticConfig):
             given = getattr(config.critic, f.name)
             if given != f.default:

@@ -124,6 +124,11 @@ class Method(ABC):
     def plan(self, step: int) -> Sequence[Update | Action]:
         """What happens in one step, which is one generator update. Pure in `step`."""
 
+    @staticmethod
+    def discriminates(config) -> bool:
+        """Whether the critic needs a discriminator under this Config; it has none unless a method says so."""
+        return False
+
     def averages(self) -> Mapping[str, AverageSpec]:
         """Averaged networks that a loss reads; none unless a method says so."""
         return {}

@@ -69,10 +69,6 @@ class DMD2(Method):
             if self.match_weight == 0 and self.gan_weight == 0:
                 raise ValueError("method.match_weight and method.gan_weight are both 0: the generator has no loss")
 
-        @property
-        def uses_gan(self) -> bool:
-            return self.gan_weight > 0
-
     reference = "Yin et al. 2024, arXiv:2405.14867"
     needs_teacher = True
     reads = "conditions, and images where the GAN term is on"
@@ -100,7 +96,11 @@ class DMD2(Method):
         return {"generator": PlayerSpec.of(self.generator.denoiser), "critic": PlayerSpec.of(self.critic)}
 
     def streams(self) -> frozenset[str]:
-        return frozenset({"conditions", "images"} if self.config.uses_gan else {"conditions"})
+        return frozenset({"conditions", "images"} if self.discriminates(self.config) else {"conditions"})
+
+    @staticmethod
+    def discriminates(config: Config) -> bool:
+        return config.gan_weight > 0
 
     def plan(self, step: int) -> Sequence[Update]:
         made: list[Tensor] = []  # the generator's samples, for the critic's term of the same update
@@ -140,7 +140,7 @@ class DMD2(Method):
             direction = matching_direction(fake, x0_real, x0_fake, floor=config.normaliser_floor)
             value = value + config.match_weight * inject(fake, direction)
             readings["direction"] = direction.abs().flatten(1).mean(1)
-        if config.uses_gan:
+        if self.discriminates(config):
             t, eps = config.gan_times(rng.uniform(), process), rng.normal(fake.shape[1:])
             adversarial = gan_generator(self.critic.logits(process.perturb(fake, eps, t), t, cond))
             value = value + config.gan_weight * adversarial  # attached: through the frozen trunk to the samples
@@ -152,7 +152,7 @@ class DMD2(Method):
         t, eps = config.critic_times(rng.uniform(), process), rng.normal(fake.shape[1:])
         value = denoising(self.critic, fake, eps, t, cond, space=config.critic_space)
         readings = {"score": value.detach()}
-        if config.uses_gan:
+        if self.discriminates(config):
             real = batch["images"]
             logits_real, logits_fake = self._logits(real.x0, real.cond, fake, cond, rng)
             discrimination = gan_discriminator(logits_real, logits_fake)
