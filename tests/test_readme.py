@@ -1,5 +1,7 @@
 """What the README shows is run here as it stands there."""
 
+import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -16,6 +18,7 @@ from diffdistill.data import Labels, Streams
 from diffdistill.denoiser import Denoiser
 from diffdistill.generator import Generator
 from diffdistill.method import Networks
+from diffdistill.methods import METHODS
 from diffdistill.player import LearningRate, Player
 from diffdistill.prediction import Prediction
 from diffdistill.process import VE
@@ -46,6 +49,26 @@ def test_the_experiment_shown_is_valid(tmp_path):
     (tmp_path / "my.yaml").write_text(shown)
     config = load_config(tmp_path / "my.yaml")
     assert config.generator.grid == (1000.0,) and config.method_name == "dmd2"
+
+
+def test_the_example_method_in_the_table_of_methods_trains_from_yaml(tmp_path, monkeypatch):
+    (tmp_path / "imitate.py").write_text(example())
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(METHODS, "imitate", importlib.import_module("imitate").Imitate)
+    teacher = Path(__file__).parents[1] / "checkpoints" / "fashion-edm"
+    recipe = {
+        "output": str(tmp_path / "run"),
+        "teacher": {"path": str(teacher)},
+        "method": {"name": "imitate", "steps": 1},
+        "generator": {"grid": [80.0]},
+        "players": {"generator": {"learning_rate": 1e-4}},
+        "train": {"steps": 2, "batch": 2, "log_every": 1},
+    }
+    (tmp_path / "imitate.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    assert cli.main(["train", str(tmp_path / "imitate.yaml")]) == 0
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2]
+    assert all("generator/imitate" in record for record in records)
 
 
 def test_the_example_method_is_short_and_distills_a_teacher(tmp_path):
