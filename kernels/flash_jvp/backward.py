@@ -1,0 +1,116 @@
+"""The gradients of q, k and v by Triton, from O and log-sum-exp of any forward: two launches of `gradient_kernels`."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from flash_jvp.fused import LONG_STRIDE
+from flash_jvp.gradient_kernels import gradient_of_keys, gradient_of_queries
+from flash_jvp.launch import Launch
+from flash_jvp.logits import Logits
+from flash_jvp.operands import common_arguments, common_constants, key_means, require_supported, stride_unit, strides
+from flash_jvp.tiles import ARCHITECTURES, INTERPRETED, INTERPRETER, Tile, architecture
+
+# Largest head size of an entry, and its tile by architecture, chosen as in `tiles`: few spills, then few instructions
+# per score; speed has not been measured. The pass over keys holds two accumulators, and so has the smaller tiles.
+_TILES = {
+    "queries": {
+        64: {**dict.fromkeys(ARCHITECTURES, Tile(128, 64, 8, 2)), 100: Tile(128, 64, 8, 2, True)},
+        128: {80: Tile(128, 32, 8, 2), 90: Tile(128, 64, 8, 2), 100: Tile(128, 64, 8, 2), 120: Tile(128, 32, 8, 2)},
+        256: {**dict.fromkeys(ARCHITECTURES, Tile(32, 64, 8, 1)), 100: Tile(64, 64, 8, 1)},
+    },
+    "keys": {
+        64: {
+            80: Tile(64, 128, 8, 2, True),
+            90: Tile(64, 128, 8, 2),
+            100: Tile(64, 128, 8, 2),
+            120: Tile(64, 128, 8, 3, True),
+        },
+        127: {80: Tile(64, 64, 8, 2), 90: Tile(32, 128, 8, 2), 100: Tile(64, 128, 8, 2, True), 120: Tile(64, 64, 8, 2)},
+        128: {
+            80: Tile(64, 64, 8, 2),
+            90: Tile(64, 128, 8, 2, True),
+            100: Tile(64, 128, 8, 2, True),
+            120: Tile(64, 64, 8, 2),
+        },
+        256: {80: Tile(64, 32, 8, 1), 90: Tile(64, 32, 8, 1), 100: Tile(64, 64, 8, 1), 120: Tile(32, 32, 8, 1)},
+    },
+}
+# exact products, for checking results rather than for speed
+_FLOAT32_TILES = {64: Tile(32, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 32, 1)}
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, logits: Logits
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, in the shapes and dtypes of q, k and v, for the cotangent dO of O.
+
+    Args:
+        q: (B, H, M, d); k: (B, Hk, N, d); v: (B, Hk, N, dv): float32, float16 or bfloat16, last dimension contiguous.
+        o: (B, H, M, dv) and lse: float32 (B, H, M), natural log, -inf where no key is seen, of any forward.
+        do: (B, H, M, dv) in any strides, broadcast ones too.
+    Raises:
+        NotImplementedError: float64, a head size above 256, a GPU older than sm_80.
+    Source: Dao 2023, FlashAttention-2, algorithm 2.
+    """
+    require_supported(q, k, v)
+    o, do = (x if x.stride(-1) == 1 else x.contiguous() for x in (o, do))
+    dq, dk, dv = (_unwritten_like(x) for x in (q, k, v))
+    for launch in launches(q, k, v, o, lse.contiguous(), do, dq, dk, dv, logits, architecture(q.device)):
+        launch.run()
+    return dq, dk, dv
+
+
+def _unwritten_like(x: Tensor) -> Tensor:
+    empty = torch.empty_like(x)
+    return empty if empty.stride(-1) == 1 else x.new_empty(x.shape)
+
+
+def tile_for(kernel: str, arch: int, dtype: torch.dtype, *sizes: int, biased: bool) -> Tile:
+    """The tile of the pass over "queries" or over "keys", by the same rules as `tiles.tile_for`."""
+    if arch == INTERPRETER:
+        return INTERPRETED
+    table = _FLOAT32_TILES if dtype == torch.float32 else {size: row[arch] for size, row in _TILES[kernel].items()}
+    tile = next(tile for size, tile in table.items() if max(sizes) <= size)
+    return replace(tile, num_stages=max(1, tile.num_stages - 1)) if biased else tile
+
+
+def launches(
+    q, k, v, o, lse, do, dq, dk, dv, logits: Logits, arch: int, *, tiles: tuple[Tile, Tile] | None = None
+) -> tuple[Launch, Launch]:
+    """The launches that write dq, and then dk and dv, with the tiles of an architecture or with those given."""
+    if tiles is None:
+        biased = logits.bias is not None
+        sizes = q.shape[-1], v.shape[-1]
+        tiles = tuple(tile_for(kernel, arch, q.dtype, *sizes, biased=biased) for kernel in ("queries", "keys"))
+    unit = stride_unit(q, k, v, o, do, dq, dk, dv)
+    constants = {**common_constants(q, v, logits), "UNIT": unit}
+    arguments: dict[str, Any] = common_arguments(q, k, v, None, None, None, logits, unit)
+    for name in ("tq", "tk", "tv"):
+        del arguments[name], arguments[f"stride_{name}"]
+    arguments |= {"lse": lse, "do": do, "stride_do": strides(do, unit), "delta": torch.empty_like(lse)}
+    arguments["inverse"] = torch.empty_like(lse) if q.dtype == torch.float32 else None
+    # the mean of the keys, as a tangent of q would need it
+    mean_k, _ = key_means(k, q, None, logits)
+    of_queries = {"o": o, "stride_o": strides(o, unit), "dq": dq, "stride_dq": strides(dq, unit), "mean_k": mean_k}
+    of_keys = {"dk": dk, "stride_dk": strides(dk, unit), "dv": dv, "stride_dv": strides(dv, unit)}
+    return tuple(
+        Launch(
+            kernel,
+            triton.cdiv(rows.shape[2], block) * rows.shape[0] * rows.shape[1],
+            {**arguments, **own},
+            {**constants, "PIPELINED": tile.pipelined_remainder, "LONG": _far_apart(*looped)},
+            tile,
+        )
+        for kernel, rows, block, own, tile, looped in (
+            (gradient_of_queries, q, tiles[0].block_m, of_queries, tiles[0], (k, v)),
+            (gradient_of_keys, k, tiles[1].block_n, of_keys, tiles[1], (q, do)),
+        )
+    )
+
+
+def _far_apart(*tensors: Tensor) -> bool:
+    return max(strides(x, 1)[2] for x in tensors) >= LONG_STRIDE

@@ -1,0 +1,311 @@
+"""Triton kernel: O, its tangent, log-sum-exp and mu in one pass over the keys; without tangents, a plain forward.
+
+What differs from FlashAttention-2, whose tiling, online softmax and base-2 exponent these are: a second accumulator for
+P tV + (P o tS) V, rescaled by the same factor, from which tO = (that - mu O) / sum P; tangent logits centred by the
+means of keys and key tangents; products that belong to a zero tangent do not exist in the compiled code. Six products
+of 2 M N d FLOP with all tangents, four with only tq, two with none.
+
+What it has been run on: Triton 3.6's and 3.7's interpreter and their compiler for sm_80, sm_90, sm_100 and sm_120. Not
+yet on a GPU.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flash_jvp.launch import Launch
+from flash_jvp.logits import Logits, like_queries
+from flash_jvp.operands import common_arguments, common_constants, key_means, require_supported, stride_unit, strides
+from flash_jvp.tile_logits import (
+    LN2,
+    LOG2E,
+    as_operand,
+    keys_of_rows,
+    load_tile,
+    softmax_reference,
+    tangent_centre,
+    tangent_product,
+    tile_logits,
+    tile_product,
+)
+from flash_jvp.tiles import Tile, architecture, tile_for
+
+LONG_STRIDE = 2**23  # from here on 256 rows, more than any tile has, can lie 2^31 elements apart
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, logits: Logits) -> tuple[Tensor, Tensor]:
+    """O (B, H, M, dv) in q's dtype and log-sum-exp (B, H, M) in float32.
+
+    Args:
+        q: (B, H, M, d); k: (B, Hk, N, d); v: (B, Hk, N, dv): float32, float16 or bfloat16, last dimension contiguous.
+    Raises:
+        NotImplementedError: float64, a head size above 256, a GPU older than sm_80.
+    """
+    o, _, lse, _ = _run(q, k, v, None, None, None, logits)
+    return o, lse
+
+
+def forward_tangent(
+    q: Tensor, k: Tensor, v: Tensor, tq: Tensor | None, tk: Tensor | None, tv: Tensor | None, logits: Logits
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """O and tO (B, H, M, dv) in q's dtype; log-sum-exp and mu = sum_j P_ij tS_ij (B, H, M) in float32.
+
+    A tangent of None is zero and costs nothing. Arguments and errors are those of `forward`.
+    """
+    o, to, lse, mu = _run(q, k, v, tq, tk, tv, logits)
+    if to is None:
+        return o, torch.zeros_like(o), lse, torch.zeros_like(lse)
+    return o, to, lse, mu
+
+
+def _run(q, k, v, tq, tk, tv, logits):
+    require_supported(q, k, v)
+    o, lse = like_queries(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
+    to = mu = None
+    if any(t is not None for t in (tq, tk, tv)):
+        to, mu = like_queries(q, v.shape[-1]), torch.empty_like(lse)
+    launch(q, k, v, tq, tk, tv, o, to, lse, mu, logits, architecture(q.device)).run()
+    return o, to, lse, mu
+
+
+def launch(
+    q, k, v, tq, tk, tv, o, to, lse, mu, logits: Logits, arch: int, *, known: bool = False, tile: Tile | None = None
+) -> Launch:
+    """The launch that writes o, to, lse and mu (to and mu None without tangents) with the tile of an architecture.
+
+    Args:
+        known: o and lse are inputs; only to and mu are written.
+        tile: another tile than that of the table.
+    """
+    if tile is None:
+        kernel = "tangent" if known else "forward" if to is None else "fused"
+        tile = tile_for(kernel, arch, q.dtype, q.shape[-1], v.shape[-1], biased=logits.bias is not None)
+    unit = stride_unit(q, k, v, tq, tk, tv, o, to)
+    mean_k, mean_tk = key_means(k, tq, tk, logits)
+    arguments = {
+        **common_arguments(q, k, v, tq, tk, tv, logits, unit),
+        "o": o,
+        "to": to,
+        "stride_o": strides(o, unit),
+        "stride_to": strides(to, unit),
+        "lse": lse,
+        "mu": mu,
+        "mean_k": mean_k,
+        "mean_tk": mean_tk,
+    }
+    constants = {
+        **common_constants(q, v, logits),
+        "LONG": max(strides(x, 1)[2] for x in (k, v, tk, tv)) >= LONG_STRIDE,
+        "UNIT": unit,
+        "PIPELINED": tile.pipelined_remainder,
+        "KNOWN": known,
+        "RUNNING": not known or q.dtype == torch.float16,
+        "GUARD": q.dtype == torch.float16 and (tq is not None or tk is not None),
+    }
+    num_programs = triton.cdiv(q.shape[2], tile.block_m) * q.shape[0] * q.shape[1]
+    return Launch(_fused, num_programs, arguments, constants, tile)
+
+
+@triton.jit
+def _fused(
+    q,
+    k,
+    v,
+    tq,
+    tk,
+    tv,
+    o,
+    to,
+    lse,
+    mu,
+    mean_k,
+    mean_tk,
+    bias,
+    kv_lens,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_tq,
+    stride_tk,
+    stride_tv,
+    stride_o,
+    stride_to,
+    stride_bias,
+    num_heads,
+    group,
+    num_rows,
+    num_keys,
+    scale,
+    softcap,
+    diagonal,
+    SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BOOLEAN: tl.constexpr,
+    KNOWN: tl.constexpr,
+    RUNNING: tl.constexpr,
+    GUARD: tl.constexpr,
+    UNIT: tl.constexpr,
+    LONG: tl.constexpr,
+    PIPELINED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # KNOWN: o and lse are inputs, and only to and mu are computed. RUNNING: the softmax is relative to a running
+    # reference rather than to a known lse; with KNOWN that is for float16, in which P itself would lose its last bits.
+    PAD_D: tl.constexpr = BLOCK_D != SIZE
+    PAD_DV: tl.constexpr = BLOCK_DV != VALUE_SIZE
+    HAS_TS: tl.constexpr = (tq is not None) or (tk is not None)
+    HAS_TO: tl.constexpr = to is not None
+
+    num_tiles = tl.cdiv(num_rows, BLOCK_M)
+    program = tl.program_id(0)
+    row_tile = program % num_tiles
+    if diagonal is not None:  # the rows with most keys first: the short ones fill the gaps at the end
+        row_tile = num_tiles - 1 - row_tile
+    batch_head = program // num_tiles
+    b = (batch_head // num_heads).to(tl.int64)
+    h = (batch_head % num_heads).to(tl.int64)
+    key_head = h // group
+
+    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    keys_of_tile = tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_D)
+    value_columns = tl.arange(0, BLOCK_DV)
+    row_inside = (rows < num_rows)[:, None]
+    column_inside = (columns < SIZE)[None, :]
+    column_inside_k = (columns < SIZE)[:, None]
+    value_column_inside = (value_columns < VALUE_SIZE)[None, :]
+    long_rows = rows.to(tl.int64)
+    tile_keys = keys_of_tile  # int32 within a tile: int64 costs 34 spill stores at d = 128 on sm_90
+    if LONG:
+        tile_keys = keys_of_tile.to(tl.int64)
+
+    q += (b * stride_q[0] + h * stride_q[1]) * UNIT
+    q_pointers = q + long_rows[:, None] * stride_q[2] * UNIT + columns[None, :]
+    q_tile = load_tile(q_pointers, row_inside, column_inside, True, PAD_D, UPCAST)
+    tq_tile = None
+    if tq is not None:
+        tq += (b * stride_tq[0] + h * stride_tq[1]) * UNIT
+        tq_pointers = tq + long_rows[:, None] * stride_tq[2] * UNIT + columns[None, :]
+        tq_tile = load_tile(tq_pointers, row_inside, column_inside, True, PAD_D, UPCAST)
+    if HAS_TS:
+        mean_offset = (b * (num_heads // group) + key_head) * SIZE
+        centre = tangent_centre(q_tile, tq_tile, mean_k, mean_tk, mean_offset, columns, SIZE, scale, softcap)
+
+    k += (b * stride_k[0] + key_head * stride_k[1]) * UNIT
+    k_offsets = tile_keys[None, :] * (stride_k[2] * UNIT) + columns[:, None]
+    v += (b * stride_v[0] + key_head * stride_v[1]) * UNIT
+    v_offsets = tile_keys[:, None] * (stride_v[2] * UNIT) + value_columns[None, :]
+    if tk is not None:
+        tk += (b * stride_tk[0] + key_head * stride_tk[1]) * UNIT
+        tk_offsets = tile_keys[None, :] * (stride_tk[2] * UNIT) + columns[:, None]
+    if tv is not None:
+        tv += (b * stride_tv[0] + key_head * stride_tv[1]) * UNIT
+        tv_offsets = tile_keys[:, None] * (stride_tv[2] * UNIT) + value_columns[None, :]
+    if bias is not None:
+        bias += b * stride_bias[0] + h * stride_bias[1]
+    if kv_lens is not None:
+        num_keys = tl.load(kv_lens + b)
+    full, end = keys_of_rows(row_tile * BLOCK_M, num_rows, num_keys, diagonal, BLOCK_M, BLOCK_N)
+
+    reference = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_offsets = batch_head.to(tl.int64) * num_rows + rows
+    if KNOWN:
+        row_lse = tl.load(lse + row_offsets, mask=rows < num_rows, other=float("-inf"))
+        sighted = row_lse > float("-inf")
+        base = tl.where(sighted, row_lse * LOG2E, 0.0)
+    else:
+        total = tl.zeros([BLOCK_M], tl.float32)
+        sum_o = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    if HAS_TO:
+        total_ts = tl.zeros([BLOCK_M], tl.float32)
+        sum_to = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+
+    # First the tiles that all queries see in full, without masks; then those that the diagonal or the end cuts. These
+    # are few, so that it depends on the tile whether they have a pipeline of their own.
+    for MASKED in tl.static_range(2):
+        first_key, last_key = (full, end) if MASKED else (0, full)
+        for start in tl.range(first_key, last_key, BLOCK_N, num_stages=1 if MASKED and not PIPELINED else None):
+            keys = start + keys_of_tile
+            key_inside = keys < num_keys
+            first = tl.cast(start, tl.int64)
+            k_pointers = k + first * stride_k[2] * UNIT + k_offsets
+            k_tile = load_tile(k_pointers, key_inside[None, :], column_inside_k, MASKED, PAD_D, UPCAST)
+            s, slope = tile_logits(
+                tile_product(q_tile, k_tile, None, PRECISION),
+                rows[:, None],
+                keys[None, :],
+                num_rows,
+                num_keys,
+                scale,
+                softcap,
+                diagonal,
+                bias,
+                stride_bias[2],
+                stride_bias[3],
+                BOOLEAN,
+                MASKED,
+            )
+            ts = None
+            if HAS_TS:
+                tk_tile = None
+                if tk is not None:
+                    tk_pointers = tk + first * stride_tk[2] * UNIT + tk_offsets
+                    tk_tile = load_tile(tk_pointers, key_inside[None, :], column_inside_k, MASKED, PAD_D, UPCAST)
+                ts = tangent_product(q_tile, k_tile, tq_tile, tk_tile, PRECISION) * (scale * slope) - centre[:, None]
+
+            if RUNNING:
+                new_reference = softmax_reference(reference, s, ts, GUARD)
+                base = tl.where(new_reference == float("-inf"), 0.0, new_reference)
+                decay = tl.exp2(reference - base)
+                reference = new_reference
+                if HAS_TO:
+                    sum_to = sum_to * decay[:, None]
+                    total_ts = total_ts * decay
+            p = tl.exp2(s - base[:, None])
+            v_pointers = v + first * stride_v[2] * UNIT + v_offsets
+            v_tile = load_tile(v_pointers, key_inside[:, None], value_column_inside, MASKED, PAD_DV, UPCAST)
+            p_operand = as_operand(p, v.dtype.element_ty, UPCAST)
+            if not KNOWN:
+                total = total * decay + tl.sum(p, 1)
+                sum_o = tile_product(p_operand, v_tile, sum_o * decay[:, None], PRECISION)
+            if HAS_TS:
+                weighted = p * ts
+                total_ts += tl.sum(weighted, 1)
+                sum_to = tile_product(as_operand(weighted, v.dtype.element_ty, UPCAST), v_tile, sum_to, PRECISION)
+            if tv is not None:
+                tv_pointers = tv + first * stride_tv[2] * UNIT + tv_offsets
+                tv_tile = load_tile(tv_pointers, key_inside[:, None], value_column_inside, MASKED, PAD_DV, UPCAST)
+                sum_to = tile_product(p_operand, tv_tile, sum_to, PRECISION)
+
+    o_offsets = (b * stride_o[0] + h * stride_o[1] + long_rows[:, None] * stride_o[2]) * UNIT + value_columns[None, :]
+    written = row_inside & value_column_inside
+    if KNOWN:
+        o_tile = tl.load(o + o_offsets, mask=written, other=0.0).to(tl.float32)
+        normaliser = tl.where(sighted, 1.0, 0.0)
+        if RUNNING:
+            normaliser *= tl.exp2(reference - tl.where(sighted, row_lse * LOG2E, 0.0))
+    else:
+        sighted = total > 0.0
+        normaliser = tl.where(sighted, 1.0 / tl.where(sighted, total, 1.0), 0.0)
+        o_tile = sum_o * normaliser[:, None]
+        tl.store(o + o_offsets, as_operand(o_tile, o.dtype.element_ty, UPCAST), mask=written)
+        row_lse = (reference + tl.log2(tl.where(sighted, total, 1.0))) * LN2
+        tl.store(lse + row_offsets, tl.where(sighted, row_lse, float("-inf")), mask=rows < num_rows)
+    if HAS_TO:
+        to_tile = sum_to * normaliser[:, None]
+        row_mu = tl.zeros([BLOCK_M], tl.float32)
+        if HAS_TS:
+            row_mu = total_ts * normaliser
+            to_tile -= row_mu[:, None] * o_tile
+            row_mu = tl.where(sighted, row_mu + centre, 0.0)
+        to_offsets = (b * stride_to[0] + h * stride_to[1] + long_rows[:, None] * stride_to[2]) * UNIT + value_columns[
+            None, :
+        ]
+        tl.store(to + to_offsets, as_operand(to_tile, to.dtype.element_ty, UPCAST), mask=written)
+        tl.store(mu + row_offsets, row_mu, mask=rows < num_rows)

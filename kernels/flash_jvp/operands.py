@@ -1,0 +1,101 @@
+"""What the launches of the Triton kernels share: checks, pointers and strides by name, constants, means of keys."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_jvp.logits import Logits
+from flash_jvp.tiles import size_class
+
+LARGEST_SIZE = 256
+
+
+def require_supported(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise NotImplementedError for what no Triton kernel here does."""
+    if q.dtype == torch.float64:
+        raise NotImplementedError('the Triton kernels do not compute in float64; use backend="chunked"')
+    if max(q.shape[-1], v.shape[-1]) > LARGEST_SIZE:
+        raise NotImplementedError(
+            f"the Triton kernels take head sizes up to {LARGEST_SIZE}, got {q.shape[-1]} for q and k and "
+            f'{v.shape[-1]} for v; use backend="chunked"'
+        )
+    if q.device.type not in ("cuda", "cpu"):
+        raise NotImplementedError(f'the Triton kernels run on CUDA, not on {q.device.type}; use backend="chunked"')
+
+
+def stride_unit(*tensors: Tensor | None) -> int:
+    """The unit in which a kernel is passed strides: 8 elements if 8 divides all of them but 16 does not, else 1.
+
+    Triton knows of an argument only whether 16 divides it. Rows of a head size of 72 it would read element by element,
+    although 8 elements of 16 bits are the 16 bytes of one load (199 spill stores instead of none on sm_90).
+    """
+    all_strides = [stride for x in tensors if x is not None for stride in x.stride()[:3]]
+    return 8 if all(s % 8 == 0 for s in all_strides) and any(s % 16 for s in all_strides) else 1
+
+
+def strides(x: Tensor | None, unit: int) -> tuple[int, ...]:
+    """The strides of the batch, head and row axes in units of `unit` elements; zeros for an absent tensor."""
+    return (0, 0, 0) if x is None else tuple(stride // unit for stride in x.stride()[:3])
+
+
+def common_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tq: Tensor | None,
+    tk: Tensor | None,
+    tv: Tensor | None,
+    logits: Logits,
+    unit: int,
+) -> dict[str, Any]:
+    """Inputs, their strides (in `unit`), sizes and logits, by the names that kernels give them. Absent: None."""
+    inputs = {"q": q, "k": k, "v": v, "tq": tq, "tk": tk, "tv": tv}
+    bias = logits.bias
+    return {
+        **inputs,
+        **{f"stride_{name}": strides(x, unit) for name, x in inputs.items()},
+        "bias": bias,
+        "stride_bias": (0, 0, 0, 0) if bias is None else bias.stride(),
+        "kv_lens": logits.kv_lens,
+        "num_heads": q.shape[1],
+        "group": q.shape[1] // k.shape[1],
+        "num_rows": q.shape[2],
+        "num_keys": k.shape[2],
+        "scale": float(logits.scale),
+        "softcap": float(logits.softcap) if logits.softcap else None,
+        "diagonal": logits.diagonal,
+    }
+
+
+def common_constants(q: Tensor, v: Tensor, logits: Logits) -> dict[str, Any]:
+    """The constants that the kernels share, without those of the tile."""
+    return {
+        "SIZE": q.shape[-1],
+        "VALUE_SIZE": v.shape[-1],
+        "BLOCK_D": size_class(q.shape[-1]),
+        "BLOCK_DV": size_class(v.shape[-1]),
+        "BOOLEAN": logits.bias is not None and logits.bias.dtype == torch.bool,
+        # without it float32 products are made in TF32, with 10 bits of mantissa
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "UPCAST": q.device.type == "cpu" and q.dtype == torch.bfloat16,
+    }
+
+
+def key_means(k: Tensor, tq: Tensor | None, tk: Tensor | None, logits: Logits) -> tuple[Tensor | None, Tensor | None]:
+    """Means over the existing keys of k and of tk, float32 (B, Hk, d) contiguous; None for what no centre needs."""
+    needs_k = tq is not None or (tk is not None and logits.softcap)
+    return (
+        _mean_over_keys(k, logits.kv_lens) if needs_k else None,
+        None if tk is None else _mean_over_keys(tk, logits.kv_lens),
+    )
+
+
+def _mean_over_keys(x: Tensor, kv_lens: Tensor | None) -> Tensor:
+    num_keys = x.shape[2]
+    if kv_lens is None:
+        return x.sum(2, dtype=torch.float32) / max(num_keys, 1)
+    # where, not a product: what lies beyond the last key may be anything, nan too
+    exists = (torch.arange(num_keys, device=x.device) < kv_lens[:, None])[:, None, :, None]
+    total = torch.where(exists, x, 0.0).sum(2, dtype=torch.float32)
+    return total / kv_lens.clamp(min=1)[:, None, None]
