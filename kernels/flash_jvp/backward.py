@@ -15,7 +15,7 @@ from flash_jvp.operands import common_arguments, common_constants, key_means, re
 from flash_jvp.tiles import ARCHITECTURES, INTERPRETED, INTERPRETER, Tile, architecture
 
 # Largest head size of an entry, and its tile by architecture, chosen as in `tiles`: few spills, then few instructions
-# per score; speed has not been measured. The pass over keys holds two accumulators, and so has the smaller tiles.
+# per score; speed has not been measured. Smaller tiles for keys, whose pass holds two accumulators.
 _TILES = {
     "queries": {
         64: {**dict.fromkeys(ARCHITECTURES, Tile(128, 64, 8, 2)), 100: Tile(128, 64, 8, 2, True)},

@@ -15,6 +15,8 @@ aten = torch.ops.aten
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, logits: Logits) -> str | None:
     """Why PyTorch's flash attention cannot compute this, or None where it can."""
+    if not q.numel():
+        return f"it needs at least one query, got q of shape {tuple(q.shape)}"  # its CPU operator divides by zero
     if logits.softcap:
         return "it has no softcap"
     if logits.kv_lens is not None:

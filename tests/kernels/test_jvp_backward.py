@@ -125,6 +125,16 @@ def test_large_logits_cost_no_more_than_their_own_rounding(dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mask", ["full", "before", "softcap"])
+def test_float32_gradients_do_not_depend_on_the_rounding_of_log_sum_exp(mask, device):
+    tensors = make(Problem(mask=mask, offset=3.0, device=device))
+    true = by_autograd(tensors, torch.float64)
+    noise = 1e-4 * torch.randn(true.lse.shape, generator=torch.Generator().manual_seed(4)).to(true.lse)
+    for x, exact in zip(run(tensors, replace(true, lse=true.lse + noise)), true.gradients, strict=True):
+        assert relative_error(x, exact) <= GRADIENT_TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mask", ["before", "empty", "empty softcap", "empty bias"])
 def test_a_query_that_sees_no_key_gives_and_takes_nothing(mask, dtype, device):

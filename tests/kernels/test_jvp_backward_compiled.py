@@ -14,7 +14,7 @@ from flash_jvp.tiles import ARCHITECTURES
 # spill stores allowed by (pass, size), where it is not none
 BUDGETS = {
     ("queries", 72): {120: 13},
-    ("keys", 64): {80: 1, 120: 5},
+    ("keys", 64): {80: 2, 120: 5},  # on sm_80 1 with Triton 3.7.1
     ("keys", 128): {90: 7},
 }
 FLOAT32_BUDGETS = {"queries": {64: 2, 128: 0, 256: 491}, "keys": {64: 0, 128: 0, 256: 2}}

@@ -76,6 +76,7 @@ def test_the_split_route_is_a_backend_with_gradients():
 @pytest.mark.parametrize(
     ("problem", "reason"),
     [
+        (Problem(lengths=(0, 70)), "at least one query"),
         (Problem(mask="softcap"), "no softcap"),
         (Problem(mask="kv_lens"), "no kv_lens"),
         (Problem(mask="bias"), "no attn_bias"),
