@@ -44,7 +44,7 @@ def save(folder: Path, players: Mapping[str, Player], state: Mapping, *, writes:
     beside, replaced = (folder.with_name(f".{folder.name}.{what}") for what in ("writing", "replaced"))
     try:
         if writes:
-            _clear(folder.parent)
+            clear(folder.parent)
             beside.mkdir(parents=True)
         sums = {}
         for name, player in players.items():
@@ -66,7 +66,7 @@ def save(folder: Path, players: Mapping[str, Player], state: Mapping, *, writes:
                 folder.rename(replaced)
             beside.rename(folder)
             to_disk(folder.parent)
-            _clear(folder.parent)
+            clear(folder.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         if replaced.exists() and not folder.exists():
@@ -211,7 +211,7 @@ def keep(run: Path, *, last: int, every: int) -> None:
             path.rename(
                 path.with_name(f".{path.name}.deleted")
             )  # whole or hidden, also if the next line is interrupted
-    _clear(run / "checkpoints")
+    clear(run / "checkpoints")
 
 
 def to_disk(path: Path) -> None:
@@ -227,7 +227,7 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _clear(folder: Path) -> None:
+def clear(folder: Path) -> None:
     """Delete what an interrupted `save` or `keep` left behind; a replaced checkpoint only if its successor is there."""
     for path in folder.glob(".step-*"):
         whole_name = path.name.removeprefix(".").rpartition(".")[0]

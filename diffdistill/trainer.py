@@ -181,6 +181,8 @@ class Trainer:
             CheckpointError: it is damaged or of another recipe, or the log is shorter than it was then.
         """
         state = checkpoint.load(folder, self.players)
+        if self.main:
+            checkpoint.clear(folder.parent)  # a run that ended before its last checkpoints were tidied saves no more
         if self.main and self._log_path.exists():
             size = self._log_path.stat().st_size
             if size < state["log_bytes"]:

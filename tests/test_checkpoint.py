@@ -203,6 +203,13 @@ def test_saving_over_a_checkpoint_replaces_it_and_clears_what_was_left_behind(tm
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
 
 
+def test_resuming_clears_what_was_left_behind_by_a_run_that_saves_no_more(tmp_path):
+    folder = saved(trained(tmp_path))
+    (folder.parent / ".step-00000001.deleted").mkdir()  # as a kill within the last tidying leaves it
+    trained(tmp_path).resume(folder)
+    assert [path.name for path in folder.parent.iterdir()] == ["step-00000002"]
+
+
 class Killed(BaseException):
     """Ends the code as a kill does: no handler of errors sees it."""
 
@@ -229,11 +236,13 @@ def test_a_checkpoint_is_whole_before_one_rename_makes_it_appear(tmp_path, monke
         trainer.save()
     monkeypatch.undo()
     assert checkpoint.checkpoints(tmp_path) == [first]
+    written = tmp_path / "written"
+    shutil.copytree(first.parent / ".step-00000002.writing", written)  # which resuming clears away
     fresh = trained(tmp_path, 0)
     fresh.resume(checkpoint.latest(tmp_path))
     assert fresh.step == 1
     second = first.with_name("step-00000002")
-    (first.parent / ".step-00000002.writing").rename(second)  # the rename that the kill forestalled
+    written.rename(second)  # the rename that the kill forestalled
     fresh.resume(second)
     ours, expected = all_tensors(fresh), all_tensors(trainer)
     assert fresh.step == 2 and all(torch.equal(ours[key], expected[key]) for key in expected)
