@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from typing import Literal
 
 import torch
@@ -105,7 +106,6 @@ def attention_jvp(
         ValueError, NotImplementedError: as `attention`; also an input that carries a tangent of its own.
     """
     primals = (q, k, v)
-    levels.tangents_are_visible()
     if any(x is not None and _carries_tangent(x) for x in (*primals, tq, tk, tv)):
         raise ValueError(
             "attention_jvp takes tangents as arguments, but an input carries one of its own, which would be dropped; "
@@ -123,7 +123,7 @@ def attention_jvp(
 
 
 def _carries_tangent(x: Tensor) -> bool:
-    return levels.level_is_open() and forward_ad.unpack_dual(x, level=levels.LEVEL).tangent is not None
+    return levels.tangents_are_visible() and forward_ad.unpack_dual(x, level=levels.LEVEL).tangent is not None
 
 
 def _settings(logits: Logits, path: str) -> tuple:
@@ -177,7 +177,7 @@ def _path(backend: Backend, q: Tensor) -> str:
 def _under_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in autocast's dtype where it is enabled, as scaled_dot_product_attention has them."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(None if x is None else x.to(dtype) for x in tensors)
@@ -210,12 +210,21 @@ def _checked(
             f"k must be (B, Hk, N, d) and v (B, Hk, N, dv) for q (B, H, M, d), got q {tuple(q.shape)}, "
             f"k {tuple(k.shape)}, v {tuple(v.shape)}"
         )
+    if not heads:
+        raise ValueError(f"q has no heads, got shape {tuple(q.shape)}")
     if not key_heads or heads % key_heads:
         raise ValueError(f"the heads of q must be a multiple of those of k, got {heads} and {key_heads}")
     if not size:
         raise ValueError("q and k have head size 0, so there are no products to take; give at least one feature")
     if not num_keys:
         raise ValueError("k has no keys (N = 0), so there is nothing to attend to; give at least one, or skip the call")
+    for name, number in (("scale", 0.0 if scale is None else scale), ("softcap", softcap)):
+        if isinstance(number, Tensor):
+            raise ValueError(
+                f"{name} must be a number, got a tensor, whose gradient and tangent would be lost; multiply q by it"
+            )
+        if not math.isfinite(number):
+            raise ValueError(f"{name} must be finite, got {number}")
     if softcap < 0:
         raise ValueError(f"softcap must be positive, or 0 for none, got {softcap}")
     diagonals = {False: None, True: num_keys - num_queries, "bottom_right": num_keys - num_queries, "top_left": 0}
@@ -238,10 +247,9 @@ def _checked_bias(bias: Tensor, shape: tuple[int, ...], q: Tensor) -> Tensor:
     if bias.ndim > 4 or any(b not in (1, s) for b, s in zip(bias.shape[::-1], shape[::-1], strict=False)):
         raise ValueError(f"attn_bias must broadcast to (B, H, M, N) = {shape}, got {tuple(bias.shape)}")
     if bias.requires_grad and torch.is_grad_enabled() or _carries_tangent(bias):
-        raise NotImplementedError(
-            "attn_bias has a gradient or a tangent, which this attention does not propagate; pass attn_bias.detach() "
-            "if none is wanted, or write the attention out with matmul and softmax if it is"
-        )
+        raise NotImplementedError(ops.NO_BIAS_GRADIENT)
+    if not torch.is_grad_enabled():
+        bias = bias.detach()
     return bias.expand(shape)
 
 

@@ -81,8 +81,9 @@ class Call:
 
 def bound(block: Callable, x: Tensors, tx: Tensors, args: tuple, kwargs: dict):
     """The call, the tensors among its arguments, and a tangent or None for each."""
-    if type(x) is not type(tx) or isinstance(x, dict) and x.keys() != tx.keys():
-        raise ValueError(f"x and tx must have the same structure, got {type(x).__name__} and {type(tx).__name__}: {tx}")
+    alike = isinstance(x, Tensor) and isinstance(tx, Tensor) or type(x) is type(tx)
+    if not alike or isinstance(x, dict) and x.keys() != tx.keys():
+        raise ValueError(f"x and tx must have the same structure, got {type(x).__name__} and {type(tx).__name__}")
     if isinstance(x, dict):
         pairs = [(x[name], tx[name]) for name in x]
     elif isinstance(x, tuple):

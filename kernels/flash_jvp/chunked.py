@@ -51,18 +51,17 @@ class _Keys:
     def of(cls, k: Tensor, v: Tensor, tk: Tensor | None, tv: Tensor | None, logits: Logits) -> _Keys:
         dtype = statistics_dtype(k.dtype)
         k, v, tk, tv = (None if x is None else x.to(dtype) for x in (k, v, tk, tv))
-        num_keys = k.shape[2]
-        if logits.kv_lens is not None:
-            # what lies beyond the last key may be anything, NaN included, and 0 NaN is NaN
-            unseen = ~logits.sees_by_length(num_keys, k.device)[..., None]
-            k, v, tk, tv = (None if x is None else x.masked_fill(unseen, 0.0) for x in (k, v, tk, tv))
-            num_keys = logits.kv_lens.clamp(min=1)[:, None, None, None]
+        exists = logits.existing_keys(k.shape[2], k.device)
+        if exists is not None:
+            # what nobody sees may be anything, NaN included, and 0 NaN is NaN
+            k, v, tk, tv = (None if x is None else x.masked_fill(~exists[..., None], 0.0) for x in (k, v, tk, tv))
         mean = tangent_mean = None
         if not logits.softcap:
-            mean = k.sum(2, keepdim=True) / num_keys
+            mean = logits.mean_over_keys(k)
+        if mean is not None:
             k = k - mean
             if tk is not None:
-                tangent_mean = tk.sum(2, keepdim=True) / num_keys
+                tangent_mean = logits.mean_over_keys(tk)
                 tk = tk - tangent_mean
         return cls(k=k, mean=mean, tk=tk, tangent_mean=tangent_mean, v=v, tv=tv)
 

@@ -210,7 +210,7 @@ def _fused(
     if bias is not None:
         bias += b * stride_bias[0] + h * stride_bias[1]
     if kv_lens is not None:
-        num_keys = tl.load(kv_lens + b)
+        num_keys = tl.minimum(tl.load(kv_lens + b), num_keys)
     full, end = keys_of_rows(row_tile * BLOCK_M, num_rows, num_keys, diagonal, BLOCK_M, BLOCK_N)
 
     reference = tl.full([BLOCK_M], float("-inf"), tl.float32)

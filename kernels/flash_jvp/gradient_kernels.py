@@ -113,7 +113,7 @@ def gradient_of_queries(
     if bias is not None:
         bias += b * stride_bias[0] + h * stride_bias[1]
     if kv_lens is not None:
-        num_keys = tl.load(kv_lens + b)
+        num_keys = tl.minimum(tl.load(kv_lens + b), num_keys)
     full, end = keys_of_rows(row_tile * BLOCK_M, num_rows, num_keys, diagonal, BLOCK_M, BLOCK_N)
 
     sum_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -247,7 +247,7 @@ def gradient_of_keys(
     key_head = (batch_head % num_key_heads).to(tl.int64)
     existing = num_keys
     if kv_lens is not None:
-        existing = tl.load(kv_lens + b)
+        existing = tl.minimum(tl.load(kv_lens + b), num_keys)
 
     keys = first_key + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_D)

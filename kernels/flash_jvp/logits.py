@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+UNDERFLOW = -104.0  # exp of less is 0 in float32
+
 
 @dataclass(frozen=True)
 class Logits:
@@ -47,6 +49,38 @@ class Logits:
     def sees_by_length(self, num_keys: int, device: torch.device) -> Tensor:
         """Which keys exist by kv_lens, bool (B, 1, N)."""
         return torch.arange(num_keys, device=device) < self.kv_lens[:, None, None]
+
+    @property
+    def bias_is_by_key(self) -> bool:
+        """Whether a bias is one for all heads and queries, as masks of padding are."""
+        return self.bias is not None and all(self.bias.shape[d] == 1 or self.bias.stride(d) == 0 for d in (1, 2))
+
+    def existing_keys(self, num_keys: int, device: torch.device) -> Tensor | None:
+        """Which keys a batch element has, by kv_lens and by a boolean bias by key: bool (B, 1, N); None: all."""
+        exists = None if self.kv_lens is None else self.sees_by_length(num_keys, device)
+        if self.bias_is_by_key and self.bias.dtype == torch.bool:
+            by_key = self.bias[:, :1, 0]
+            exists = by_key if exists is None else exists & by_key
+        return exists
+
+    def mean_over_keys(self, x: Tensor) -> Tensor | None:
+        """The mean of x (B, Hk, N, d) over the keys that weigh something, (B, Hk, 1, d) in statistics_dtype.
+
+        Any number may be taken off all tangent logits of a query, so that the mean need only be near the keys it sees.
+        None where nothing is known to be: under a bias that differs between heads or queries.
+        """
+        if self.bias is not None and not self.bias_is_by_key:
+            return None
+        dtype, num_keys = statistics_dtype(x.dtype), x.shape[2]
+        weighs = self.existing_keys(num_keys, x.device)
+        if self.bias is not None and self.bias.dtype != torch.bool:
+            above = self.bias[:, :1, 0] > UNDERFLOW
+            weighs = above if weighs is None else weighs & above
+        if weighs is None:
+            return x.sum(2, keepdim=True, dtype=dtype) / max(num_keys, 1)
+        # masked, not multiplied: what nobody sees may be anything, NaN too
+        total = x.masked_fill(~weighs[..., None], 0.0).sum(2, keepdim=True, dtype=dtype)
+        return total / weighs.sum(-1).clamp(min=1)[..., None, None]
 
     def batch(self, rows: slice) -> Logits:
         """The same for some elements of the batch."""

@@ -85,17 +85,11 @@ def common_constants(q: Tensor, v: Tensor, logits: Logits) -> dict[str, Any]:
 def key_means(k: Tensor, tq: Tensor | None, tk: Tensor | None, logits: Logits) -> tuple[Tensor | None, Tensor | None]:
     """Means over the existing keys of k and of tk, float32 (B, Hk, d) contiguous; None for what no centre needs."""
     needs_k = tq is not None or (tk is not None and logits.softcap)
-    return (
-        _mean_over_keys(k, logits.kv_lens) if needs_k else None,
-        None if tk is None else _mean_over_keys(tk, logits.kv_lens),
-    )
+    return _mean(k, logits) if needs_k else None, None if tk is None else _mean(tk, logits)
 
 
-def _mean_over_keys(x: Tensor, kv_lens: Tensor | None) -> Tensor:
-    num_keys = x.shape[2]
-    if kv_lens is None:
-        return x.sum(2, dtype=torch.float32) / max(num_keys, 1)
-    # where, not a product: what lies beyond the last key may be anything, nan too
-    exists = (torch.arange(num_keys, device=x.device) < kv_lens[:, None])[:, None, :, None]
-    total = torch.where(exists, x, 0.0).sum(2, dtype=torch.float32)
-    return total / kv_lens.clamp(min=1)[:, None, None]
+def _mean(x: Tensor, logits: Logits) -> Tensor:
+    mean = logits.mean_over_keys(x)
+    if mean is None:
+        return torch.zeros(x.shape[0], x.shape[1], x.shape[3], dtype=torch.float32, device=x.device)
+    return mean[:, :, 0].contiguous()

@@ -152,6 +152,18 @@ backward_tangent = _define(
 )
 
 
+NO_BIAS_GRADIENT = (
+    "attn_bias has a gradient or a tangent, which this attention does not propagate; pass attn_bias.detach() if none "
+    "is wanted, or write the attention out with matmul and softmax if it is"
+)
+
+
+def _refuse_bias_gradient(needed: bool) -> None:
+    """Where the public function could not see it: under vmap a bias does not tell that it requires a gradient."""
+    if needed:
+        raise NotImplementedError(NO_BIAS_GRADIENT)
+
+
 def _refuse_open_level() -> None:
     if forward_ad._current_level >= 0:
         raise NotImplementedError(
@@ -237,6 +249,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        _refuse_bias_gradient(ctx.needs_input_grad[3])
         _save_primal(ctx, inputs, output)
         ctx.mark_non_differentiable(output[1])
 
@@ -259,6 +272,7 @@ class AttentionTangent(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         tangent_grad, *inputs = inputs
+        _refuse_bias_gradient(ctx.needs_input_grad[7])
         save = _save_both if tangent_grad else _save_detached
         save(ctx, inputs, output)
         ctx.mark_non_differentiable(*(output[2:] if tangent_grad else output[1:]))

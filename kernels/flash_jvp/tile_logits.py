@@ -116,7 +116,9 @@ def tile_logits(
         if BOOLEAN:
             logits = tl.where(tl.load(pointers, mask=inside, other=0) != 0, logits, float("-inf"))
         else:
-            logits += tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * LOG2E
+            # the least float32 stands for "hardly", and would become -inf, "never", in base 2
+            added = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+            logits += tl.where(added == float("-inf"), added, tl.maximum(added, -2.3e38) * LOG2E)
     if MASKED:
         seen = keys < num_keys
         if diagonal is not None:

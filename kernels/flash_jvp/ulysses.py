@@ -75,6 +75,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, ranks: int) -> None:
     for name, x in zip("qkv", (q, k, v), strict=True):
         if x.ndim != 4:
             raise ValueError(f"{name} must be (batch, heads, length of this rank, head size), got {tuple(x.shape)}")
+        if x.dtype != q.dtype:
+            raise ValueError(f"q, k and v must share a dtype, got {x.dtype} for {name} and {q.dtype} for q")
     if q.shape[1] % ranks:
         raise ValueError(
             f"q has {q.shape[1]} heads, which {ranks} ranks cannot share equally; pass a group whose size "
