@@ -59,3 +59,38 @@ def gan_generator(logits_fake: Tensor) -> Tensor:
 def gan_discriminator(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
     """softplus(D(fake)) + softplus(-D(real)); at its optimum D is the log ratio of real to fake density."""
     return F.softplus(full(logits_fake)) + F.softplus(-full(logits_real))
+
+
+def identity_distillation(x: Tensor, x0_real: Tensor, x0_fake: Tensor, *, alpha: float | Tensor) -> Tensor:
+    """SiD's mean of d (mu_real - x - alpha d), d = mu_real - mu_fake, over each sample.
+
+    Attached: the gradient runs through x and through the inputs of both networks. With an ideal critic, alpha = 1/2
+    gives the gradient of the Fisher divergence, and alpha = 1 that of SIM's, whose sampling law is held fixed.
+
+    Args:
+        alpha: a number, or one per sample, shape (N,).
+
+    Source: Zhou et al. 2024 (SiD), the loss of the released code without its weight.
+    """
+    x, x0_real, x0_fake = full(x), full(x0_real), full(x0_fake)
+    difference = x0_real - x0_fake
+    if isinstance(alpha, Tensor):
+        alpha = lift(alpha, x)
+    return (difference * (x0_real - x - alpha * difference)).flatten(1).mean(1)
+
+
+def score_implicit(x: Tensor, x0_real: Tensor, x0_fake: Tensor, *, huber: float | None) -> Tensor:
+    """SIM's loss -d'(y).(S_fake - grad log q), in terms of denoised samples, for each sample.
+
+    Attached in all three places where the noisy sample enters: in y through both networks, and in the second factor.
+    The distance is pseudo-Huber, sqrt(mean y^2 + huber^2), or the mean square where `huber` is None. Means over a sample
+    stand for the paper's sums, so that its c is huber times the root of the sample's size.
+
+    Source: Luo et al. 2024 (SIM), theorem 3.1 and equation of the pseudo-Huber instance.
+    """
+    x, x0_real, x0_fake = full(x), full(x0_real), full(x0_fake)
+    difference = x0_real - x0_fake
+    product = (difference * (x0_fake - x)).flatten(1).mean(1)
+    if huber is None:
+        return 2 * product
+    return product / (difference.square().flatten(1).mean(1) + huber**2).sqrt()

@@ -109,6 +109,7 @@ class Case:
 
 CASES: dict[str, Case] = {
     "denoise": Case("denoise", {}),
+    "diff_instruct": Case("diff_instruct", {}, grid=(20.0,)),
     "dmd2": Case("dmd2", {"ratio": 2}),
     "dmd2-alternating-gan": Case(
         "dmd2", {"time_scale": "alternating", "ratio": 2, "gan_weight": 0.1, "gan_critic_weight": 0.1}
@@ -116,6 +117,8 @@ CASES: dict[str, Case] = {
     "dmd2-gan-on-teacher": Case(
         "dmd2", {"ratio": 1, "gan_weight": 0.1, "gan_critic_weight": 0.1}, grid=(20.0,), trunk="teacher"
     ),
+    "sid": Case("sid", {"alpha": 1.2}, grid=(2.5,)),
+    "sim": Case("sim", {"ratio": 2}),
 }
 UNET = Case(
     "dmd2",

@@ -2,6 +2,15 @@
 
 from diffdistill.method import Method
 from diffdistill.methods.denoise import Denoise
+from diffdistill.methods.diff_instruct import DiffInstruct
 from diffdistill.methods.dmd2 import DMD2
+from diffdistill.methods.sid import SiD
+from diffdistill.methods.sim import SIM
 
-METHODS: dict[str, type[Method]] = {"denoise": Denoise, "dmd2": DMD2}
+METHODS: dict[str, type[Method]] = {
+    "denoise": Denoise,
+    "diff_instruct": DiffInstruct,
+    "dmd2": DMD2,
+    "sid": SiD,
+    "sim": SIM,
+}

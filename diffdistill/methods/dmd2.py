@@ -1,176 +1,42 @@
 """DMD2: distribution matching with two time scales, an optional GAN term, and backward simulation."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from diffdistill.denoiser import Condition
-from diffdistill.losses import denoising, gan_discriminator, gan_generator, inject, matching_direction
-from diffdistill.method import Batch, Loss, Method, Networks, PlayerSpec, Term, Update
-from diffdistill.prediction import Prediction
+from diffdistill.losses import inject, matching_direction
+from diffdistill.method import Loss
+from diffdistill.methods.score import ScoreConfig, ScoreMethod
 from diffdistill.rng import Rng
-from diffdistill.times import TimeSampler, Uniform
 
 
-class DMD2(Method):
+class DMD2(ScoreMethod):
     """Improved Distribution Matching Distillation.
 
     The generator follows the difference of the critic's and the teacher's denoised images of its noised samples; the
-    critic keeps up with the generator by denoising those samples. Data-free unless the GAN term is on.
+    critic keeps up with the generator by denoising those samples.
 
-    One step is one generator update. With `interleaved` (the released code) the critic takes `ratio` updates a step,
-    the first of them on the very samples of the generator's update; with `alternating` it takes ratio - 1.
-
-    Deviations from the released code: times are continuous where it draws from 1000 levels, and the normaliser has a
-    floor where it maps infinities to large numbers.
-
-    For generators of several steps `stops="rotating"` is ours, and better where it was measured (tests/test_dmd2.py).
-    One critic serves all steps of the grid, so that with random stops it learns the mixture of what the generator makes
-    at each, and the directions vanish as soon as that mixture is the teacher's law: the single steps, the last one too,
-    may share out the modes among themselves. With rotating stops the generator's step s stops at s modulo the length of
-    the grid, and the critic's fresh samples already stop where the generator's next update will. It then leans towards
-    the law it is asked about, and the only rest is at every step having the teacher's law.
+    Deviation from the released code: the normaliser has a floor where it maps infinities to large numbers.
 
     Source: Yin et al. 2024a (DMD2), section 4; Yin et al. 2024b (DMD) for the direction.
     """
 
     @dataclass(frozen=True)
-    class Config:
-        time_scale: Literal["interleaved", "alternating"] = "interleaved"
-        ratio: int = 5  # iterations per generator update
-        match_times: TimeSampler = field(default_factory=lambda: Uniform(0.02, 0.98))
-        critic_times: TimeSampler = field(default_factory=Uniform)
-        critic_space: Prediction = Prediction.F  # the space whose squared error the critic minimises
+    class Config(ScoreConfig):
         normaliser_floor: float = 1e-5
-        stops: Literal["rotating", "random"] = "random"  # where simulation stops; random is the paper's
-        gan_weight: float = 0.0  # of the generator's GAN term; 3e-3 for ImageNet-64 in the paper's code
-        gan_critic_weight: float = 0.0  # of the discriminator's loss; 1e-2 in the paper's code
-        gan_times: TimeSampler = field(default_factory=Uniform)
-        match_weight: float = 1.0  # 0 leaves the GAN term alone
 
         def __post_init__(self):
-            if self.ratio < 1:
-                raise ValueError(f"method.ratio must be at least 1, got {self.ratio}")
-            if self.time_scale == "alternating" and self.ratio < 2:
-                raise ValueError("method.ratio must be at least 2 for alternating updates, or the critic never learns")
+            ScoreConfig.__post_init__(self)
             if self.normaliser_floor <= 0:
                 raise ValueError(f"method.normaliser_floor must be positive, got {self.normaliser_floor}")
-            weights = (self.match_weight, self.gan_weight, self.gan_critic_weight)
-            if min(weights) < 0:
-                raise ValueError(f"method weights must not be negative, got {weights} for match, gan and gan_critic")
-            if (self.gan_weight > 0) != (self.gan_critic_weight > 0):
-                raise ValueError(
-                    f"method.gan_weight={self.gan_weight} and method.gan_critic_weight={self.gan_critic_weight} must "
-                    "be both positive (GAN on) or both 0 (off): one without the other trains nothing"
-                )
-            if self.match_weight == 0 and self.gan_weight == 0:
-                raise ValueError("method.match_weight and method.gan_weight are both 0: the generator has no loss")
 
     reference = "Yin et al. 2024, arXiv:2405.14867"
-    needs_teacher = True
-    reads = "conditions, and images where the GAN term is on"
-    trains = "generator, critic"
 
-    def __init__(self, config: Config, networks: Networks):
-        self.config = config
-        self.teacher = networks.teacher
-        self.generator = networks.new_generator()
-        self.critic = networks.new_critic()
-        fresh = config.ratio - 1  # critic updates on fresh samples
-        if len(self.generator.grid) > 1 and config.stops == "rotating" and fresh == 0:
-            raise ValueError(
-                "method.ratio=1 leaves the critic no update for the generator's next stop; with several steps in "
-                "generator.grid give a ratio of at least 2, or stops=random"
-            )
-        for role, process in (("teacher", self.teacher.process), ("critic", self.critic.process)):
-            if not process.same_law(self.generator.process):
-                raise ValueError(
-                    f"the {role} speaks {process} and the generator {self.generator.process}, with another alpha or "
-                    "sigma: scores of one noisy sample need one law; wrap a denoiser by Denoiser.seen_in(process)"
-                )
-
-    def players(self) -> Mapping[str, PlayerSpec]:
-        return {"generator": PlayerSpec.of(self.generator.denoiser), "critic": PlayerSpec.of(self.critic)}
-
-    def streams(self) -> frozenset[str]:
-        return frozenset({"conditions", "images"} if self.discriminates(self.config) else {"conditions"})
-
-    @staticmethod
-    def discriminates(config: Config) -> bool:
-        return config.gan_weight > 0
-
-    def plan(self, step: int) -> Sequence[Update]:
-        made: list[Tensor] = []  # the generator's samples, for the critic's term of the same update
-
-        def match(batch: Batch, rng: Rng) -> Loss:
-            fake = self._fake(batch["conditions"].cond, rng, step)
-            made[:] = [fake.detach()]
-            return self._generator_loss(fake, batch["conditions"].cond, rng)
-
-        def fit_made(batch: Batch, rng: Rng) -> Loss:
-            return self._critic_loss(made.pop(), batch, rng)
-
-        def fit(batch: Batch, rng: Rng) -> Loss:
-            with torch.no_grad():
-                fake = self._fake(batch["conditions"].cond, rng, step + 1)
-            return self._critic_loss(fake, batch, rng)
-
-        generate, fit_new = Term("generator", "match", match), Update((Term("critic", "fit", fit),))
-        if self.config.time_scale == "alternating":
-            return (Update((generate,)), *[fit_new] * (self.config.ratio - 1))
-        return (Update((generate, Term("critic", "fit", fit_made))), *[fit_new] * (self.config.ratio - 1))
-
-    def _fake(self, cond: Condition, rng: Rng, step: int) -> Tensor:
-        """Samples for the generator's update at `step`, after as many simulated steps as all ranks agree on."""
-        steps = len(self.generator.grid)
-        stop = step % steps if self.config.stops == "rotating" else rng.shared.integer(steps)
-        return self.generator.rollout(self.generator.prior(rng), cond, rng, stop=stop)
-
-    def _generator_loss(self, fake: Tensor, cond: Condition, rng: Rng) -> Loss:
-        config, process = self.config, self.generator.process
-        value, readings = fake.new_zeros(len(fake)), {}
-        if config.match_weight:
-            t, eps = config.match_times(rng.uniform(), process), rng.normal(fake.shape[1:])
-            with torch.no_grad():  # detached: DMD treats both scores as constants
-                x_t = process.perturb(fake, eps, t)
-                x0_real, x0_fake = self.teacher(x_t, t, cond), self.critic(x_t, t, cond)
-            direction = matching_direction(fake, x0_real, x0_fake, floor=config.normaliser_floor)
-            value = value + config.match_weight * inject(fake, direction)
-            readings["direction"] = direction.abs().flatten(1).mean(1)
-        if self.discriminates(config):
-            t, eps = config.gan_times(rng.uniform(), process), rng.normal(fake.shape[1:])
-            adversarial = gan_generator(self.critic.logits(process.perturb(fake, eps, t), t, cond))
-            value = value + config.gan_weight * adversarial  # attached: through the frozen trunk to the samples
-            readings["gan"] = adversarial.detach()
-        return Loss(value, readings)
-
-    def _critic_loss(self, fake: Tensor, batch: Batch, rng: Rng) -> Loss:
-        config, process, cond = self.config, self.generator.process, batch["conditions"].cond
-        t, eps = config.critic_times(rng.uniform(), process), rng.normal(fake.shape[1:])
-        value = denoising(self.critic, fake, eps, t, cond, space=config.critic_space)
-        readings = {"score": value.detach()}
-        if self.discriminates(config):
-            real = batch["images"]
-            logits_real, logits_fake = self._logits(real.x0, real.cond, fake, cond, rng)
-            discrimination = gan_discriminator(logits_real, logits_fake)
-            value = value + config.gan_critic_weight * discrimination
-            readings |= {
-                "gan": discrimination.detach(),
-                "logit_real": logits_real.detach(),
-                "logit_fake": logits_fake.detach(),
-            }
-        return Loss(value, readings)
-
-    def _logits(
-        self, real: Tensor, real_cond: Condition, fake: Tensor, fake_cond: Condition, rng: Rng
-    ) -> tuple[Tensor, Tensor]:
-        """Logits of real and of fake samples, each (N,), noised at independent times, in one batched call."""
-        process, times = self.generator.process, self.config.gan_times
-        t = torch.cat([times(rng.uniform(), process), times(rng.uniform(), process)])
-        eps = torch.cat([rng.normal(real.shape[1:]), rng.normal(fake.shape[1:])])
-        x_t = process.perturb(torch.cat([real, fake]), eps, t)
-        cond = self.generator.denoiser.backbone.join(real_cond, fake_cond)
-        return self.critic.logits(x_t, t, cond).chunk(2)
+    def match(self, fake: Tensor, cond: Condition, rng: Rng) -> Loss:
+        with torch.no_grad():  # detached: DMD treats both scores as constants
+            x_t, t, _ = self.noised(fake, rng)
+            x0_real, x0_fake = self.teacher(x_t, t, cond), self.critic(x_t, t, cond)
+        direction = matching_direction(fake, x0_real, x0_fake, floor=self.config.normaliser_floor)
+        return Loss(inject(fake, direction), {"direction": direction.abs().flatten(1).mean(1)})
