@@ -83,8 +83,8 @@ def score_implicit(x: Tensor, x0_real: Tensor, x0_fake: Tensor, *, huber: float 
     """SIM's loss -d'(y).(S_fake - grad log q), in terms of denoised samples, for each sample.
 
     Attached in all three places where the noisy sample enters: in y through both networks, and in the second factor.
-    The distance is pseudo-Huber, sqrt(mean y^2 + huber^2), or the mean square where `huber` is None. Means over a sample
-    stand for the paper's sums, so that its c is huber times the root of the sample's size.
+    The distance is pseudo-Huber, sqrt(mean y^2 + huber^2), or the mean square where `huber` is None. Means over a
+    sample stand for the paper's sums, so that its c is huber times the root of the sample's size.
 
     Source: Luo et al. 2024 (SIM), theorem 3.1 and equation of the pseudo-Huber instance.
     """

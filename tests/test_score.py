@@ -1,4 +1,4 @@
-"""The score methods against closed forms on a Gaussian: golden gradients with respect to the generator's mean and scale.
+"""The score methods against closed forms on a Gaussian: golden gradients of the generator's mean and scale.
 
 The generator is M + A z, the data N(MU, SD^2), one noise level SIGMA; teacher and critic are exact, and (z, eps) runs
 over a product of Gauss-Hermite rules, so that expectations are sums.
@@ -91,7 +91,7 @@ def test_sim_with_squares_is_sid_at_one():
 
 
 def test_sim_with_pseudo_huber_keeps_the_graph_in_all_three_places():
-    """T6, in score space with c = 0.3. With y detached the second number is 0.18115776; with all networks detached, 0."""
+    """T6, in score space with c = 0.3. With y detached the second is 0.18115776; with all networks detached, 0."""
     in_scores = SIGMA**-2
     ours = [in_scores * g for g in gradient(exact("sim", huber=0.3 / in_scores), points=200)]
     assert ours == pytest.approx((0.30144522, 0.36231551), abs=2e-8)

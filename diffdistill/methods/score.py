@@ -51,9 +51,9 @@ class ScoreConfig:
 class ScoreMethod(Method):
     """A generator that a critic of its own samples compares with the teacher, score against score.
 
-    One step is one generator update. With `interleaved` (DMD2's code) the critic takes `ratio` updates a step, the first
-    of them on the very samples of the generator's update; with `alternating` it takes ratio - 1. Data-free unless the
-    GAN term is on. What a method adds is `match`, the generator's loss.
+    One step is one generator update. With `interleaved` (DMD2's code) the critic takes `ratio` updates a step, the
+    first of them on the very samples of the generator's update; with `alternating` it takes ratio - 1. Data-free unless
+    the GAN term is on. What a method adds is `match`, the generator's loss.
 
     For generators of several steps `stops="rotating"` is ours, and better where it was measured (tests/test_dmd2.py).
     One critic serves all steps of the grid, so that with random stops it learns the mixture of what the generator makes
