@@ -81,11 +81,11 @@ class Critic(nn.Module):
         to: Prediction = Prediction.X0,
         with_logits: bool = False,
     ):
-        """The prediction `to`; with_logits=True gives (prediction, logits (N,)) of one pass through the own trunk."""
+        """The prediction `to`; with_logits=True gives (prediction, logits (N,)), of one pass where the trunk is its own."""
         if not with_logits:
             return self.denoiser(x_t, t, cond, to=to)
         if self.head is None or self._foreign_trunk:
-            raise ValueError("with_logits needs a head on the critic's own trunk; use Critic.logits")
+            return self.denoiser(x_t, t, cond, to=to), self.logits(x_t, t, cond)
         with tapped(self.denoiser.backbone, self.taps) as features:
             prediction = self.denoiser(x_t, t, cond, to=to)
         return prediction, self.head(features)

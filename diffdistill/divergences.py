@@ -4,6 +4,7 @@ A divergence enters a gradient with respect to the generator only through h(r) =
 the slope d log h / d log r as well. Source: Xu et al. 2025 (f-distill) for h; the slopes follow.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -38,3 +39,18 @@ DIVERGENCES: dict[str, Divergence] = {
     "neyman": _power(2.0, -1.0),  # (r - 1)^2 / r
     "pearson": _power(2.0, 2.0),  # (r - 1)^2
 }
+
+
+def check_divergence(name: str, ratio_range: tuple[float, float]) -> None:
+    """Raises ValueError for a name that is not in DIVERGENCES, or a range of ratios that is none."""
+    if name not in DIVERGENCES:
+        raise ValueError(f"method.divergence must be one of {', '.join(DIVERGENCES)}, got {name!r}")
+    low, high = ratio_range
+    if not 0 < low < high:
+        raise ValueError(f"method.ratio_range must be two ascending positive numbers, got {tuple(ratio_range)}")
+
+
+def bounds_of_log(ratio_range: tuple[float, float]) -> tuple[float, float]:
+    """The range of log ratios."""
+    low, high = ratio_range
+    return math.log(low), math.log(high)

@@ -86,7 +86,7 @@ def score_implicit(x: Tensor, x0_real: Tensor, x0_fake: Tensor, *, huber: float 
     The distance is pseudo-Huber, sqrt(mean y^2 + huber^2), or the mean square where `huber` is None. Means over a
     sample stand for the paper's sums, so that its c is huber times the root of the sample's size.
 
-    Source: Luo et al. 2024 (SIM), theorem 3.1 and equation of the pseudo-Huber instance.
+    Source: Luo et al. 2024 (SIM), the score-gradient theorem; the form by denoised samples is derived from it.
     """
     x, x0_real, x0_fake = full(x), full(x0_real), full(x0_fake)
     difference = x0_real - x0_fake

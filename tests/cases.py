@@ -73,11 +73,12 @@ class Case:
 
     def make(self, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Method:
         """The method with networks of random weights."""
+        kind = METHODS[self.method]
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             first, second = self._denoiser(dtype), self._denoiser(dtype)
             head = None
-            if self.options.get("gan_weight"):
+            if kind.discriminates(kind.Config(**self.options)):
                 x = torch.zeros(1, *second.sample_shape, dtype=dtype)
                 cond = {"label": torch.zeros(1, dtype=torch.long)}
                 with torch.no_grad():
@@ -85,7 +86,6 @@ class Case:
                 head = DiscriminatorHead([feature.shape[1:] for feature in features]).to(dtype)
             teacher = Teacher(self._denoiser(dtype), guidance=self.guidance)
         trunk = teacher.denoiser if self.trunk == "teacher" else None
-        kind = METHODS[self.method]
         networks = Networks(
             lambda: Generator(first, self.grid),
             lambda: Critic(second, head=head, taps=self.taps if head else (), trunk=trunk if head else None),
@@ -117,8 +117,10 @@ CASES: dict[str, Case] = {
     "dmd2-gan-on-teacher": Case(
         "dmd2", {"ratio": 1, "gan_weight": 0.1, "gan_critic_weight": 0.1}, grid=(20.0,), trunk="teacher"
     ),
+    "f_distill": Case("f_distill", {"ratio": 1}, grid=(20.0,)),
     "sid": Case("sid", {"alpha": 1.2}, grid=(2.5,)),
     "sim": Case("sim", {"ratio": 2}),
+    "uni_instruct": Case("uni_instruct", {"divergence": "jensen_shannon"}, grid=(20.0,), trunk="teacher"),
 }
 UNET = Case(
     "dmd2",

@@ -405,8 +405,10 @@ def test_logits_come_of_one_pass_or_of_a_short_one():
     assert torch.equal(prediction, method.critic(x, t, cond)) and torch.equal(logits, method.critic.logits(x, t, cond))
     with pytest.raises(ValueError, match="no discriminator head"):
         toy().critic.logits(x, t, cond)
-    with pytest.raises(ValueError, match="own trunk"):
-        toy(trunk="teacher", **GAN).critic(x, t, cond, with_logits=True)
+    foreign = toy(trunk="teacher", **GAN)
+    prediction, logits = foreign.critic(x, t, cond, with_logits=True)
+    features = foreign.teacher.denoiser.features(x, t, cond, taps=foreign.critic.taps)
+    assert torch.equal(prediction, foreign.critic(x, t, cond)) and torch.equal(logits, foreign.critic.head(features))
 
 
 @pytest.mark.parametrize(

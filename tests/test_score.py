@@ -7,10 +7,11 @@ over a product of Gauss-Hermite rules, so that expectations are sums.
 import pytest
 import torch
 from oracle import Affine, Quadrature, denoiser, gaussian
-from test_dmd2 import DATA, FAKE, MU, SD, SIGMA, A, Always, M, gradients
+from test_dmd2 import DATA, FAKE, MU, SD, SIGMA, A, Always, LogRatio, M, gradients
 
 from diffdistill.critic import Critic
 from diffdistill.denoiser import Denoiser
+from diffdistill.divergences import DIVERGENCES
 from diffdistill.generator import Generator
 from diffdistill.method import Networks, Sample
 from diffdistill.methods import METHODS
@@ -28,7 +29,7 @@ def exact(name: str, *, m=M, a=A, same=False, **config) -> ScoreMethod:
     law = DATA if same else FAKE if (m, a) == (M, A) else gaussian([m], [[a**2]])
     networks = Networks(
         lambda: Generator(Denoiser(Affine(m, a, 80.0), process, Prediction.X0, clock="thousand"), (80.0,)),
-        lambda: Critic(denoiser(law, process)),
+        lambda: Critic(denoiser(law, process), head=LogRatio(), taps=("entrance",)),
         Teacher(denoiser(DATA, process)),
     )
     kind = METHODS[name]
@@ -41,6 +42,14 @@ def gradient(method: ScoreMethod, points: int = 60) -> list[float]:
     rng = Quadrature(2, points)
     weights = rng.weights
     return gradients((weights * term.loss({"conditions": Sample()}, rng).value).sum(), method)
+
+
+def matched(method: ScoreMethod) -> list[float]:
+    """Of the comparison of scores alone, without the adversarial term."""
+    rng = Quadrature(2, 160)
+    weights = rng.weights
+    fake = method.generator.rollout(method.generator.prior(rng), None, rng, stop=0)
+    return gradients((weights * method.match(fake, {}, rng).value).sum(), method)
 
 
 def test_diff_instruct_is_the_weighted_score_difference():
@@ -97,6 +106,83 @@ def test_sim_with_pseudo_huber_keeps_the_graph_in_all_three_places():
     assert ours == pytest.approx((0.30144522, 0.36231551), abs=2e-8)
 
 
+IN_SCORES = SIGMA**-2  # of a denoised sample's error, the score's
+ANY_RATIO = (1e-12, 1e12)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "golden"),
+    [
+        ("forward_kl", (0.25906736, 0.12241939)),
+        ("jensen_shannon", (0.14272269, 0.0794142)),
+        ("softened_reverse_kl", (0.2418927, 0.22190106)),
+        ("neyman", (1.23900391, 2.0802158)),
+        ("squared_hellinger", (0.30073422, 0.17973717)),
+        ("jeffreys", (0.64368274, 0.42373466)),
+        ("reverse_kl", (0.38461538, 0.30131527)),
+    ],
+)
+def test_f_distill_weights_the_score_difference(divergence, golden):
+    """T7 in score space; with the reverse KL it is T2."""
+    method = exact("f_distill", divergence=divergence, normalised=False, ratio_range=ANY_RATIO)
+    assert [IN_SCORES * g for g in matched(method)] == pytest.approx(golden, abs=2e-8)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "golden"),
+    [
+        ("forward_kl", (0.26846358, 0.25371895)),
+        ("reverse_kl", (0.59171598, 0.77580574)),
+        ("jensen_shannon", (0.15700364, 0.16073913)),
+        ("pearson", (0.44705807, 0.34372646)),
+        ("jeffreys", (0.86017956, 1.02952469)),
+        ("squared_hellinger", (0.0894639, 0.09721032)),
+    ],
+)
+def test_uni_instruct_is_the_gradient_of_the_weighted_fisher_divergence(divergence, golden):
+    """T9: with the ratio's gradient injected, d/d(m, a) E_fake h(r) |S_fake - S_real|^2."""
+    method = exact("uni_instruct", divergence=divergence, normalised=False, ratio_range=ANY_RATIO)
+    assert [2 * IN_SCORES**2 * g for g in matched(method)] == pytest.approx(golden, abs=2e-8)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "golden"),
+    [
+        ("forward_kl", (0.26846358, 0.43910327)),
+        ("jensen_shannon", (0.17854482, 0.24354501)),
+        ("pearson", (0.24335563, 0.8050288)),
+    ],
+)
+def test_uni_instruct_with_a_detached_ratio_has_the_known_bias(divergence, golden):
+    """T9b."""
+    options = {"normalised": False, "ratio_range": ANY_RATIO, "ratio_grad": "detached"}
+    method = exact("uni_instruct", divergence=divergence, **options)
+    assert [2 * IN_SCORES**2 * g for g in matched(method)] == pytest.approx(golden, abs=2e-8)
+
+
+@pytest.mark.parametrize("name", sorted(DIVERGENCES))
+def test_h_and_its_slope_come_of_f(name):
+    """h = f'' r^2 up to an affine part of f, and d log h / d log r, by autograd from the divergences' definitions."""
+    definitions = {
+        "reverse_kl": lambda r: -r.log(),
+        "forward_kl": lambda r: r * r.log(),
+        "jensen_shannon": lambda r: r * r.log() - (r + 1) * ((r + 1) / 2).log(),
+        "softened_reverse_kl": lambda r: (1 + r) * (1 + 1 / r).log(),
+        "jeffreys": lambda r: (r - 1) * r.log(),
+        "squared_hellinger": lambda r: 1 - r.sqrt(),
+        "neyman": lambda r: (r - 1) ** 2 / r,
+        "pearson": lambda r: (r - 1) ** 2,
+    }
+    log_ratio = torch.linspace(-3, 3, 13, dtype=torch.float64, requires_grad=True)
+    r = log_ratio.exp()
+    (first,) = torch.autograd.grad(definitions[name](r).sum(), r, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), r, create_graph=True)
+    torch.testing.assert_close(DIVERGENCES[name].h(log_ratio), second * r**2, rtol=1e-10, atol=1e-12)
+    (slope,) = torch.autograd.grad(DIVERGENCES[name].h(log_ratio).log().sum(), log_ratio, allow_unused=True)
+    slope = torch.zeros_like(r) if slope is None else slope
+    torch.testing.assert_close(DIVERGENCES[name].slope(log_ratio), slope, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("alpha", [0.5, 0.75, 1.0])
 def test_sid_points_towards_the_teacher_for_alpha_up_to_one(alpha):
     """Section 18.3: for alpha in [1/2, 1] both gradients have the sign of what they must undo."""
@@ -115,7 +201,7 @@ def test_sid_above_one_can_push_away_an_over_dispersed_generator():
 @pytest.mark.parametrize("name", SCORE_METHODS)
 def test_with_the_teachers_law_for_the_critic_there_is_no_gradient(name):
     """The two Jacobian terms of the attached methods cancel; the detached ones are zero term by term."""
-    assert gradient(exact(name, m=MU, a=SD, same=True)) == pytest.approx((0, 0), abs=1e-12)
+    assert matched(exact(name, m=MU, a=SD, same=True)) == pytest.approx((0, 0), abs=1e-12)
 
 
 def test_dmd2_without_its_normaliser_is_diff_instruct():

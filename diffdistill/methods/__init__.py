@@ -4,13 +4,17 @@ from diffdistill.method import Method
 from diffdistill.methods.denoise import Denoise
 from diffdistill.methods.diff_instruct import DiffInstruct
 from diffdistill.methods.dmd2 import DMD2
+from diffdistill.methods.f_distill import FDistill
 from diffdistill.methods.sid import SiD
 from diffdistill.methods.sim import SIM
+from diffdistill.methods.uni_instruct import UniInstruct
 
 METHODS: dict[str, type[Method]] = {
     "denoise": Denoise,
     "diff_instruct": DiffInstruct,
     "dmd2": DMD2,
+    "f_distill": FDistill,
     "sid": SiD,
     "sim": SIM,
+    "uni_instruct": UniInstruct,
 }

@@ -19,7 +19,7 @@ class DiffInstruct(ScoreMethod):
     That weight makes the direction mu_fake - mu_real, with nothing to normalise it. The code's augmentation of the
     critic's images is left out.
 
-    Source: Luo et al. 2023 (Diff-Instruct), algorithm 1.
+    Source: Luo et al. 2023 (Diff-Instruct).
     """
 
     @dataclass(frozen=True)

@@ -20,7 +20,7 @@ class SiD(ScoreMethod):
 
     Deviation from the released code: means over a sample where it sums.
 
-    Source: Zhou et al. 2024 (SiD), algorithm 1.
+    Source: Zhou et al. 2024 (SiD).
     """
 
     @dataclass(frozen=True)

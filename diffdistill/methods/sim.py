@@ -19,7 +19,7 @@ class SIM(ScoreMethod):
     The scores are compared as denoised samples, which drops the weight alpha^2 / sigma^4; times and weight are free in
     the paper, and the sampler is SiD's. The pseudo-Huber distance normalises each sample by itself.
 
-    Source: Luo et al. 2024 (SIM), section 3.
+    Source: Luo et al. 2024 (SIM).
     """
 
     @dataclass(frozen=True)
