@@ -81,7 +81,7 @@ class Critic(nn.Module):
         to: Prediction = Prediction.X0,
         with_logits: bool = False,
     ):
-        """The prediction `to`; with_logits=True gives (prediction, logits (N,)), of one pass if the trunk is its own."""
+        """The prediction `to`; with_logits=True gives (prediction, logits (N,)), in one pass on its own trunk."""
         if not with_logits:
             return self.denoiser(x_t, t, cond, to=to)
         if self.head is None or self._foreign_trunk:
