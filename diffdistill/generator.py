@@ -43,6 +43,7 @@ class Generator:
         if step_rule not in STEP_RULES:
             raise ValueError(f"generator.step_rule must be one of {', '.join(STEP_RULES)}, got {step_rule!r}")
         self.denoiser, self.grid, self.step_rule = denoiser, grid, step_rule
+        self._prior_std = process.prior_std(grid[0])  # once: reading a number of a tensor waits for it
 
     @property
     def process(self) -> Process:
@@ -50,7 +51,7 @@ class Generator:
 
     def prior(self, rng: Rng) -> Tensor:
         """Pure noise at the first time of the grid, shape (N, *sample_shape)."""
-        return self.process.prior_std(self.grid[0]) * rng.normal(self.denoiser.sample_shape)
+        return self._prior_std * rng.normal(self.denoiser.sample_shape)
 
     @torch.no_grad()
     def sample(self, x: Tensor, cond: Condition | None, rng: Rng) -> Tensor:
