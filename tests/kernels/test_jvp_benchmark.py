@@ -24,7 +24,7 @@ def test_on_a_cpu_the_chunked_path_needs_an_eighth_of_the_memory_of_math_attenti
     assert all(row["median_seconds"] > 0 for row in record["cpu"])
     math = record["ratios"]["math func.jvp"]
     assert math["peak_mib"] >= 8  # counted, not sampled: the same in every run
-    assert math["resident_mib"] > 1  # what the operating system says, which keeps what was freed as it likes: 7.9 to 13
+    assert math["resident_mib"] >= 8  # what the operating system says
 
 
 def test_the_code_for_gpus_checks_and_times_every_route_tile_and_backward(tmp_path):
