@@ -33,8 +33,12 @@ def matching_direction(x: Tensor, x0_real: Tensor, x0_fake: Tensor, *, floor: fl
     which drops the factor alpha of the paper's weight.
     """
     x, x0_real, x0_fake = full(x).detach(), full(x0_real).detach(), full(x0_fake).detach()
-    scale = (x - x0_real).abs().flatten(1).mean(1).clamp(min=floor)
-    return (x0_fake - x0_real) / lift(scale, x)
+    return (x0_fake - x0_real) / lift(normaliser(x, x0_real, floor=floor), x)
+
+
+def normaliser(x: Tensor, x0_real: Tensor, *, floor: float) -> Tensor:
+    """mean|x - mu_real| of each sample, at least `floor`, shape (N,), detached."""
+    return (full(x) - full(x0_real)).detach().abs().flatten(1).mean(1).clamp(min=floor)
 
 
 def denoising(

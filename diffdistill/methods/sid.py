@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from diffdistill.denoiser import Condition
-from diffdistill.losses import full, identity_distillation
+from diffdistill.losses import full, identity_distillation, normaliser
 from diffdistill.method import Loss
 from diffdistill.methods.score import ScoreConfig, ScoreMethod
 from diffdistill.rng import Rng
@@ -45,7 +45,6 @@ class SiD(ScoreMethod):
         x0_real, x0_fake = self.teacher(x_t, t, cond), self.critic(x_t, t, cond)
         value = identity_distillation(fake, x0_real, x0_fake, alpha=self.config.alpha)
         if self.config.normalised:
-            distance = (full(fake) - full(x0_real)).detach().abs().flatten(1).mean(1)
-            value = value / distance.clamp(min=self.config.normaliser_floor)
+            value = value / normaliser(fake, x0_real, floor=self.config.normaliser_floor)
         gap = (full(x0_real) - full(x0_fake)).detach()
         return Loss(value, {"direction": gap.abs().flatten(1).mean(1)})

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffdistill.denoiser import Condition
 from diffdistill.divergences import DIVERGENCES, bounds_of_log, check_divergence
-from diffdistill.losses import full, identity_distillation
+from diffdistill.losses import full, identity_distillation, normaliser
 from diffdistill.method import Loss
 from diffdistill.methods.score import ScoreConfig, ScoreMethod
 from diffdistill.process import lift
@@ -67,7 +67,6 @@ class UniInstruct(ScoreMethod):
         weight = divergence.h(log_ratio)
         value = weight * identity_distillation(fake, x0_real, x0_fake, alpha=alpha)
         if config.normalised:
-            distance = (full(fake) - full(x0_real)).detach().abs().flatten(1).mean(1)
-            value = value / distance.clamp(min=config.normaliser_floor)
+            value = value / normaliser(fake, x0_real, floor=config.normaliser_floor)
         gap = (full(x0_real) - full(x0_fake)).detach()
         return Loss(value, {"direction": gap.abs().flatten(1).mean(1), "weight": weight.detach()})
