@@ -7,6 +7,7 @@ samples, labels = api.sample(run, 40)
 api.export(run, "my-pipeline")
 """
 
+import copy
 import dataclasses
 import shutil
 import signal
@@ -18,13 +19,13 @@ from torch import Tensor, nn
 
 from diffdistill import build, checkpoint, networks, run, trial
 from diffdistill.backbones.folder import MEANING
-from diffdistill.config import Config, ConfigError, DataConfig, EvaluateConfig, TeacherConfig
+from diffdistill.config import Config, ConfigError, DataConfig, DenoiserConfig, EvaluateConfig, TeacherConfig
 from diffdistill.evaluation.features import MOMENTS_FILE, Extractor, default_extractor
 from diffdistill.evaluation.frechet import load_moments
 from diffdistill.evaluation.metrics import Reference, build_reference, evaluate_images
 from diffdistill.evaluation.sampling import Solved, sample_images
 from diffdistill.exporting import TOLERANCE, Report, write_pipeline
-from diffdistill.generator import Generator
+from diffdistill.generator import Generator, Sampler
 from diffdistill.hooks import Evaluation, Pictures
 from diffdistill.memory import OutOfMemory, memory_for
 from diffdistill.methods import METHODS
@@ -113,8 +114,8 @@ def as_config(config: Config | Mapping | str | Path, overrides: Sequence[str] = 
     return config if isinstance(config, Config) else parse(config)
 
 
-def load(folder: str | Path, *, weights: str = "", device: str = "cpu") -> Generator | Teacher:
-    """A run's generator, or the teacher of any other folder that `teacher.path` may name, ready to sample.
+def load(folder: str | Path, *, weights: str = "", device: str = "cpu") -> Sampler | Teacher:
+    """What a run samples with, or the teacher of any other folder that `teacher.path` may name, ready to sample.
 
     Args:
         folder: the output of `distill`, or a denoiser's or diffusers' folder.
@@ -124,15 +125,14 @@ def load(folder: str | Path, *, weights: str = "", device: str = "cpu") -> Gener
     """
     folder = Path(folder)
     if run.is_run(folder):
-        config = run.read_config(folder)
-        return networks.generator(config, _trained(folder, config, weights)[0].to(device))
+        return _trained(folder, run.read_config(folder), weights, device)[0]
     if weights not in ("", RAW):
         raise ConfigError(f"{folder} is no run, so weights={weights!r} cannot be chosen; leave it out")
     return Teacher(networks.teacher_denoiser(TeacherConfig(str(folder)), device=device)[0])
 
 
 def sample(
-    source: str | Path | Generator | Solved,
+    source: str | Path | Sampler | Solved,
     count: int,
     *,
     seed: int = 0,
@@ -156,7 +156,7 @@ def sample(
     return sample_images(source, count, seed=seed, batch=batch, labels=labels)
 
 
-def opened(folder: Path, *, weights: str = "", teacher_steps: int = 0, device: str = "cpu") -> Generator | Solved:
+def opened(folder: Path, *, weights: str = "", teacher_steps: int = 0, device: str = "cpu") -> Sampler | Solved:
     """What a folder holds, with its steps; the arguments are those of `sample`."""
     if teacher_steps < 0:
         raise ConfigError(f"teacher_steps must not be negative, got {teacher_steps}")
@@ -167,9 +167,9 @@ def opened(folder: Path, *, weights: str = "", teacher_steps: int = 0, device: s
     loaded = load(folder, weights=weights, device=device)
     if isinstance(loaded, Teacher) and not (teacher_steps or (folder / MEANING).is_file()):
         raise ConfigError(f"{folder} does not say in how many steps it is sampled; give them as the teacher's steps")
-    if isinstance(loaded, Generator):
-        return Solved(Teacher(loaded.denoiser), teacher_steps) if teacher_steps else loaded
-    return Solved(loaded, teacher_steps or TEACHER_STEPS)
+    if isinstance(loaded, Teacher):
+        return Solved(loaded, teacher_steps or TEACHER_STEPS)
+    return Solved(Teacher(_only(loaded, folder).denoiser), teacher_steps) if teacher_steps else loaded
 
 
 def evaluate(
@@ -254,9 +254,10 @@ def export(
     Raises:
         Refusal: no stock pipeline expresses this generator; the message has the reasons.
     """
-    generator = load(source, weights=weights)
-    if not isinstance(generator, Generator):
+    loaded = load(source, weights=weights)
+    if isinstance(loaded, Teacher):
         raise ConfigError(f"{source} is a denoiser's folder, which has no grid to sample on; export a run")
+    generator = _only(loaded, source)
     dtype = torch.float16 if half else torch.float32
     return write_pipeline(generator, Path(folder), dtype=dtype, vae=vae, tolerance=tolerance, replace=replace)
 
@@ -273,7 +274,8 @@ def export_denoiser(
     if folder.exists() and not (replace and (folder / MEANING).is_file()):
         raise ConfigError(f"{folder} exists; choose another folder, or replace an earlier export of this kind")
     config = run.read_config(source)
-    model, meaning = _trained(source, config, weights)
+    loaded, meaning = _trained(source, config, weights)
+    model = _only(loaded, source).denoiser
     beside = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(beside, ignore_errors=True)
     networks.write_denoiser(model, meaning, beside, half=half)
@@ -300,17 +302,28 @@ def check(config: Config | Mapping | str | Path, overrides: Sequence[str] = (), 
     return "\n".join(report)
 
 
-def _trained(folder: Path, config: Config, weights: str):
-    """The denoiser of a run with the weights asked for, and its meaning."""
+def _trained(folder: Path, config: Config, weights: str, device: str = "cpu") -> tuple[Sampler, DenoiserConfig]:
+    """What a run samples with, under the weights asked for, and the meaning of its networks."""
     chosen = weights or next(iter(config.averages), RAW)
     if chosen not in (RAW, *config.averages):
         raise ConfigError(f"{folder} has no weights {chosen!r}; known are {', '.join((RAW, *config.averages))}")
     if config.generator.network is not None or config.teacher is not None:  # all weights are replaced below
         config = dataclasses.replace(config, generator=dataclasses.replace(config.generator, init_from=""))
-    model, meaning = networks.starting_denoiser(config)
-    model = model.to(networks.DTYPES[config.train.precision])
-    checkpoint.initialise(dict(model.named_parameters()), folder, player="generator", weights=chosen)
-    return model, meaning
+    start, meaning = networks.starting_denoiser(config)
+    start = start.to(networks.DTYPES[config.train.precision])
+    kind = METHODS[config.method_name]
+    sampler = kind.new_sampler(config.method, lambda: networks.generator(config, copy.deepcopy(start)))
+    for player, part in sampler.parts.items():
+        checkpoint.initialise(dict(part.denoiser.named_parameters()), folder, player=player, weights=chosen)
+        part.denoiser.to(device)
+    return sampler, meaning
+
+
+def _only(sampler: Sampler, source: str | Path) -> Generator:
+    """The generator of a run that has one; a run of several has no single network to speak of."""
+    if not isinstance(sampler, Generator):
+        raise ConfigError(f"{source} has {len(sampler.parts)} generators, and this needs a run with one")
+    return sampler
 
 
 def _hooks(config: Config, device: torch.device) -> list[Every]:

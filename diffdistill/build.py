@@ -281,7 +281,8 @@ def trained(config: Config, chosen: Method, accelerate: Accelerator) -> Mapping[
     for name, decay in config.averages.items():
         if isinstance(decay, HalfLifeConfig):
             decay = HalfLifeDecay(decay.images, config.train.batch, decay.ramp_up)
-        players["generator"].average(name, decay)
+        for part in chosen.generator.parts:
+            players[part].average(name, decay)
     return players
 
 

@@ -1,6 +1,7 @@
-"""Generator: a trainable denoiser with the few times at which it is evaluated."""
+"""Sampler: what turns noise into samples. Generator: a trainable denoiser with the few times of its evaluations."""
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -13,6 +14,7 @@ from diffdistill.rng import Rng
 from diffdistill.solvers import SOLVERS, at, solve
 
 STEP_RULES = ("renoise", *SOLVERS)
+GENERATOR = "generator"  # the player that trains the generator, where there is one
 
 
 def check_descending(grid: Sequence[float]) -> None:
@@ -23,7 +25,33 @@ def check_descending(grid: Sequence[float]) -> None:
         )
 
 
-class Generator:
+class Sampler(ABC):
+    """What a run trains for sampling: one generator, or several that share the conditions or the noise levels."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> Mapping[str, "Generator"]:
+        """Its generators, by the name of the player that trains each."""
+
+    @abstractmethod
+    def prior(self, rng: Rng) -> Tensor:
+        """The pure noise that sampling begins with, shape (N, *sample_shape)."""
+
+    @abstractmethod
+    def sample(self, x: Tensor, cond: Condition | None, rng: Rng) -> Tensor:
+        """Clean samples from the noise x of shape (N, ...), without gradient: what evaluation scores."""
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """Of the first part: its sample shape, classes and precision are those of all."""
+        return next(iter(self.parts.values())).denoiser
+
+    @property
+    def process(self) -> Process:
+        return self.denoiser.process
+
+
+class Generator(Sampler):
     """What distillation trains and what is exported.
 
     Args:
@@ -42,12 +70,16 @@ class Generator:
             raise ValueError(f"generator.grid must lie in (0, {process.t_max:g}], the times of {process}, got {grid}")
         if step_rule not in STEP_RULES:
             raise ValueError(f"generator.step_rule must be one of {', '.join(STEP_RULES)}, got {step_rule!r}")
-        self.denoiser, self.grid, self.step_rule = denoiser, grid, step_rule
+        self._denoiser, self.grid, self.step_rule = denoiser, grid, step_rule
         self._prior_std = process.prior_std(grid[0])  # once: reading a number of a tensor waits for it
 
     @property
-    def process(self) -> Process:
-        return self.denoiser.process
+    def denoiser(self) -> Denoiser:
+        return self._denoiser
+
+    @property
+    def parts(self) -> Mapping[str, "Generator"]:
+        return {GENERATOR: self}
 
     def prior(self, rng: Rng) -> Tensor:
         """Pure noise at the first time of the grid, shape (N, *sample_shape)."""

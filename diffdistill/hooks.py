@@ -1,7 +1,7 @@
 """What a run does at intervals besides training: pictures, and evaluation on the weights that will be used."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,12 +50,14 @@ class Evaluation:
 
 
 def shown(trainer: Trainer, count: int, *, seed: int, batch: int) -> tuple[Tensor, Tensor | None]:
-    """Samples of the generator under its first average, or as it is where there is none, joined over all ranks."""
-    player, accelerator = trainer.players["generator"], trainer.accelerator
-    average = next(iter(player.averages.values()), None)
-    with nullcontext() if average is None else average.swapped_in():
+    """Samples under each generator's first average, or as it is where there is none, joined over all ranks."""
+    sampler, accelerator = trainer.method.generator, trainer.accelerator
+    with ExitStack() as stack:
+        for name in sampler.parts:
+            for average in list(trainer.players[name].averages.values())[:1]:
+                stack.enter_context(average.swapped_in())
         samples, labels = sample_images(
-            trainer.method.generator,
+            sampler,
             count,
             seed=seed,
             batch=batch,

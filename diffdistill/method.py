@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffdistill.critic import Critic
 from diffdistill.denoiser import Condition
-from diffdistill.generator import Generator
+from diffdistill.generator import Generator, Sampler
 from diffdistill.rng import Rng
 from diffdistill.teacher import Teacher
 
@@ -93,21 +93,34 @@ class Networks:
     teacher: Teacher | None = None
 
 
+class MethodConfig:
+    """The settings of one method. A field of this type in another method's settings holds a whole method, by name."""
+
+
 class Method(ABC):
     """One paper. Subclasses set the class variables and are listed in `diffdistill.methods.METHODS`.
 
-    Config: a frozen dataclass whose ranges are checked in __post_init__.
+    Config: a frozen dataclass, a MethodConfig of its own, whose ranges are checked in __post_init__.
     reference: the paper.
     needs_teacher: whether `Networks.teacher` must be there.
     """
 
-    Config: ClassVar[type]
+    Config: ClassVar[type[MethodConfig]]
     reference: ClassVar[str]
     needs_teacher: ClassVar[bool]
     reads: ClassVar[str]  # in words: the names in streams(), and when
     trains: ClassVar[str]  # in words: the names in players()
 
-    generator: Generator  # what is sampled, evaluated and exported
+    generator: Sampler  # what is sampled, evaluated and exported
+
+    _by_config: ClassVar[dict[type[MethodConfig], type["Method"]]] = {}
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if "Config" in vars(cls):
+            if not issubclass(cls.Config, MethodConfig):
+                raise TypeError(f"{cls.__name__}.Config must inherit from MethodConfig, to be readable by name")
+            Method._by_config[cls.Config] = cls
 
     @abstractmethod
     def __init__(self, config, networks: Networks): ...
@@ -129,6 +142,16 @@ class Method(ABC):
         """Whether the critic needs a discriminator under this Config; it has none unless a method says so."""
         return False
 
+    @staticmethod
+    def new_sampler(config, new_generator: Callable[[], Generator]) -> Sampler:
+        """What a method of this Config samples with, of generators made anew; one generator unless a method says so."""
+        return new_generator()
+
     def averages(self) -> Mapping[str, AverageSpec]:
         """Averaged networks that a loss reads; none unless a method says so."""
         return {}
+
+
+def method_of(config: MethodConfig) -> type[Method]:
+    """The method that these settings are of."""
+    return Method._by_config[type(config)]

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from yaml import YAMLError
 
 from diffdistill.config import CHOICES, NAMES, Config, ConfigError
+from diffdistill.method import MethodConfig
 from diffdistill.methods import METHODS
 
 
@@ -79,11 +80,12 @@ def plain(config: Any) -> Any:
     """The plain data that `parse` makes a Config from; what is None is left out."""
     if isinstance(config, Config):
         values = {name: plain(getattr(config, name)) for name in (f.name for f in dataclasses.fields(config))}
-        values["method"] = {"name": values.pop("method_name"), **values["method"]}
+        del values["method_name"]
         return {name: value for name, value in values.items() if value is not None}
     if dataclasses.is_dataclass(config):
         values = {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
-        named = {"name": NAMES[type(config)]} if type(config) in NAMES else {}
+        names = {kind.Config: name for name, kind in METHODS.items()} if isinstance(config, MethodConfig) else NAMES
+        named = {"name": names[type(config)]} if type(config) in names else {}
         return named | {name: value for name, value in values.items() if value is not None}
     if isinstance(config, Enum):
         return config.value
@@ -108,22 +110,28 @@ def parse(values: Any) -> Config:
     if not isinstance(values, dict):
         raise ConfigError(f"a configuration must be a mapping of keys to values, got {values!r}")
     values = dict(values)
-    method = values.pop("method", None)
-    if not isinstance(method, dict) or "name" not in method:
-        raise ConfigError(f"method.name is missing; known are {', '.join(METHODS)}")
-    name = method["name"]
-    if name not in METHODS:
-        raise ConfigError(f"method.name={name!r} is unknown{_nearest(name, METHODS)}; known are {', '.join(METHODS)}")
-    options = {key: value for key, value in method.items() if key != "name"}
-    chosen = typed(METHODS[name].Config, options, "method")
+    wanted = values.pop("method", None)
+    chosen = _method(wanted, "method")
     if "method_name" in values:
         raise ConfigError("unknown key method_name; did you mean method.name?")
-    return typed(Config, {**values, "method": chosen, "method_name": name}, "")
+    return typed(Config, {**values, "method": chosen, "method_name": wanted["name"]}, "")
+
+
+def _method(value: Any, key: str) -> MethodConfig:
+    """The settings of the method that `value` names."""
+    if not isinstance(value, dict) or "name" not in value:
+        raise ConfigError(f"{key}.name is missing; known are {', '.join(METHODS)}")
+    name = value["name"]
+    if name not in METHODS:
+        raise ConfigError(f"{key}.name={name!r} is unknown{_nearest(name, METHODS)}; known are {', '.join(METHODS)}")
+    return typed(METHODS[name].Config, {option: given for option, given in value.items() if option != "name"}, key)
 
 
 def typed(kind: Any, value: Any, key: str) -> Any:
     """`value`, plain data, as an instance of `kind`; `key` is where it stands, for messages."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is MethodConfig:
+        return _method(value, key)
     if kind in CHOICES:
         return _chosen(CHOICES[kind], value, key)
     if origin in (typing.Union, types.UnionType):

@@ -52,7 +52,7 @@ def plan_memory(config: Config) -> list[Role]:
     if METHODS[config.method_name].needs_teacher:
         roles.append(_role("teacher", list(networks.teacher(config, META).denoiser.parameters())))
     for name, spec in chosen.players().items():
-        averages = len(config.averages) if name == "generator" else 0
+        averages = len(config.averages) if name in chosen.generator.parts else 0
         averages += sum(average.player == name for average in chosen.averages().values())
         role = _role(name, list(spec.parameters.values()))
         size = role.weights

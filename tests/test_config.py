@@ -11,7 +11,10 @@ from tiny import student_recipe, teacher_recipe, write_recipe
 from diffdistill import build, networks, run
 from diffdistill.backbones.folder import META
 from diffdistill.config import ConfigError
+from diffdistill.method import MethodConfig, method_of
 from diffdistill.methods import METHODS
+from diffdistill.methods.dmd2 import DMD2
+from diffdistill.methods.sid import SiD
 from diffdistill.recipe import as_yaml, flat, load_config, parse, plain
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("**/*.yaml"))
@@ -40,6 +43,38 @@ def test_a_config_survives_its_own_yaml(tmp_path):
     path.write_text(as_yaml(config, "a comment"))
     assert load_config(path) == config
     assert load_config(path).players["critic"].max_norm == math.inf
+
+
+class Wrapping(DMD2):
+    """A method around another, as far as its settings go."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Config(MethodConfig):
+        inside: MethodConfig
+
+
+def test_a_method_may_hold_another_in_its_settings(tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "wrapping", Wrapping)
+    values = student_recipe(tmp_path, tmp_path / "teacher")
+    values["method"] = {"name": "wrapping", "inside": {"name": "sid", "alpha": 0.7}}
+    config = parse(values)
+    assert isinstance(config.method.inside, SiD.Config) and config.method.inside.alpha == 0.7
+    assert method_of(config.method) is Wrapping and method_of(config.method.inside) is SiD
+    assert parse(plain(config)) == config
+    for inside, complaint in (
+        ({"name": "uni_instrct"}, r"method.inside.name='uni_instrct' is unknown \(did you mean uni_instruct\?\)"),
+        ({"name": "sid", "alhpa": 1.0}, r"unknown key method.inside.alhpa \(did you mean alpha\?\)"),
+        ({"name": "sid", "ratio": 0}, "method.*ratio must be at least 1"),
+        ("sid", "method.inside.name is missing"),
+    ):
+        values["method"]["inside"] = inside
+        with pytest.raises(ConfigError, match=complaint):
+            parse(values)
+
+
+def test_settings_that_no_recipe_could_name_are_refused():
+    with pytest.raises(TypeError, match="must inherit from MethodConfig"):
+        type("Nameless", (DMD2,), {"Config": dataclasses.make_dataclass("Config", [])})
 
 
 def test_an_override_replaces_what_stands_at_its_key(recipe):

@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"player", "method"},
     "trainer": {"checkpoint", "player", "method", "rng", "accelerate", "tqdm"},
     "config": {"denoiser", "generator", "player", "prediction", "times"},
-    "recipe": {"config", "methods", "omegaconf", "yaml"},
+    "recipe": {"config", "method", "methods", "omegaconf", "yaml"},
     "memory": set(),
     "data": {"data", "method", "rng"},
     "evaluation": {"evaluation", "data", "generator", "teacher", "rng", "tqdm"},

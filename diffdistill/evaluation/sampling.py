@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffdistill.generator import Generator
+from diffdistill.generator import Sampler
 from diffdistill.rng import Rng
 from diffdistill.teacher import Teacher
 
@@ -35,7 +35,7 @@ class Solved:
 
 
 def sample_images(
-    source: Generator | Solved,
+    source: Sampler | Solved,
     count: int,
     *,
     seed: int,
@@ -48,7 +48,7 @@ def sample_images(
     """Samples 0 to count - 1, or this rank's share of them, and their labels, on the CPU.
 
     Args:
-        source: a few-step generator, or a teacher with its steps.
+        source: few-step generators, or a teacher with its steps.
         seed: of the noises. The same seed and index give the same noise for every source of one sample shape.
         batch: samples made at once; it does not change them beyond rounding.
         labels: the class of each sample, count of them, in [0, classes); None for i % classes.
@@ -62,14 +62,16 @@ def sample_images(
     """
     if count < 1 or batch < 1:
         raise ValueError(f"count and batch must be at least 1, got {count} and {batch}")
-    denoiser = source.denoiser if isinstance(source, Generator) else source.teacher.denoiser
+    parts = source.parts.values() if isinstance(source, Sampler) else [source.teacher]
+    denoisers = [part.denoiser for part in parts]
+    denoiser = denoisers[0]
     wanted = _labels(labels, count, denoiser.backbone.num_classes)
     length = -(-count // ranks)
     own = [min(index, count - 1) for index in range(rank * length, (rank + 1) * length)]
     parameter = next(denoiser.parameters())
     made = []
     bar = tqdm(total=length, desc=progress, unit="image", leave=False, disable=not progress, dynamic_ncols=True)
-    with torch.no_grad(), evaluating(denoiser), bar:
+    with torch.no_grad(), evaluating(*denoisers), bar:
         for first in range(0, length, batch):
             slots = own[first : first + batch]
             cond = {} if wanted is None else {"label": wanted[slots].to(parameter.device)}
@@ -79,8 +81,8 @@ def sample_images(
     return torch.cat(made), None if wanted is None else wanted[own]
 
 
-def _draw(source: Generator | Solved, rng: Rng, cond: dict[str, Tensor]) -> Tensor:
-    if isinstance(source, Generator):
+def _draw(source: Sampler | Solved, rng: Rng, cond: dict[str, Tensor]) -> Tensor:
+    if isinstance(source, Sampler):
         return source.sample(source.prior(rng), cond, rng)
     teacher, process = source.teacher, source.teacher.process
     times = process.grid(source.steps)
@@ -102,10 +104,11 @@ def _labels(labels: Sequence[int] | None, count: int, classes: int) -> Tensor | 
 
 
 @contextmanager
-def evaluating(module: nn.Module):
-    """Within the block, `module` is in evaluation mode; behind it, each part is in the mode that it was in."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
+def evaluating(*modules: nn.Module):
+    """Within the block, the modules are in evaluation mode; behind it, each part is in the mode that it was in."""
+    modes = {part: part.training for module in modules for part in module.modules()}
+    for module in modules:
+        module.eval()
     try:
         yield
     finally:

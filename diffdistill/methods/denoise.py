@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffdistill.denoiser import Condition
 from diffdistill.losses import denoising
-from diffdistill.method import Batch, Loss, Method, Networks, PlayerSpec, Term, Update
+from diffdistill.method import Batch, Loss, Method, MethodConfig, Networks, PlayerSpec, Term, Update
 from diffdistill.prediction import Prediction
 from diffdistill.rng import Rng
 from diffdistill.times import LogNormal, TimeSampler
@@ -21,7 +21,7 @@ class Denoise(Method):
     """
 
     @dataclass(frozen=True)
-    class Config:
+    class Config(MethodConfig):
         space: Prediction = Prediction.F  # the space whose squared error is minimised
         times: TimeSampler = field(default_factory=LogNormal)
         condition_dropout: float = 0.0  # share of samples trained without condition, for guidance

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from diffdistill.denoiser import Condition
 from diffdistill.losses import denoising, gan_discriminator, gan_generator
-from diffdistill.method import Batch, Loss, Method, Networks, PlayerSpec, Term, Update
+from diffdistill.method import Batch, Loss, Method, MethodConfig, Networks, PlayerSpec, Term, Update
 from diffdistill.prediction import Prediction
 from diffdistill.rng import Rng
 from diffdistill.times import TimeSampler, Uniform
 
 
 @dataclass(frozen=True)
-class ScoreConfig:
+class ScoreConfig(MethodConfig):
     """The settings of every score method; a method adds its own and may give others as defaults."""
 
     time_scale: Literal["interleaved", "alternating"] = "interleaved"
