@@ -1,4 +1,4 @@
-"""What the command line does, as functions: distill, load, sample, evaluate, export, check.
+"""What the command line does, as functions: distill, load, sample, couple, evaluate, export, check.
 
 from diffdistill import api
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diffdistill import build, checkpoint, networks, run, trial
+from diffdistill import build, checkpoint, coupling, networks, run, trial
 from diffdistill.backbones.folder import MEANING
 from diffdistill.config import Config, ConfigError, DataConfig, DenoiserConfig, EvaluateConfig, TeacherConfig
 from diffdistill.evaluation.features import MOMENTS_FILE, Extractor, default_extractor
@@ -170,6 +170,62 @@ def opened(folder: Path, *, weights: str = "", teacher_steps: int = 0, device: s
     if isinstance(loaded, Teacher):
         return Solved(loaded, teacher_steps or TEACHER_STEPS)
     return Solved(Teacher(_only(loaded, folder).denoiser), teacher_steps) if teacher_steps else loaded
+
+
+def couple(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    count: int,
+    steps: int = 0,
+    solver: str = "heun",
+    guidance: float = 1.0,
+    start: float = 0.0,
+    seed: int = 0,
+    batch: int = SAMPLE_BATCH,
+    shard: int = 1024,
+    weights: str = "",
+    device: str = "cpu",
+) -> Path:
+    """Write pairs of a noise and where the source takes it, for `data.pairs`; the folder.
+
+    Killed, the same call goes on, and ends in the same files. Several processes of torchrun share the work.
+
+    Args:
+        source: a teacher's folder, whose ODE is solved; or a run, sampled on its own grid where steps is 0.
+        count: pairs, of the classes i % classes.
+        steps, solver: of the ODE; 0 is 18 for a teacher, and a run's own grid.
+        guidance: of the ODE.
+        start: the time of the noise, where the student's grid will begin; 0 for the teacher's last.
+        shard: pairs of one file.
+        weights: as for `load`.
+    Raises:
+        ConfigError, ValueError: nothing to sample there, or the folder holds other pairs.
+    """
+    source, folder = Path(source), Path(folder)
+    loaded = load(source, weights=weights, device=device)
+    if isinstance(loaded, Teacher) or steps:
+        denoiser = (loaded if isinstance(loaded, Teacher) else _only(loaded, source)).denoiser
+        networks.refuse_unguidable(denoiser, guidance, source)
+        found: Sampler | Solved = Solved(Teacher(denoiser, guidance=guidance), steps or TEACHER_STEPS, solver, start)
+    elif guidance != 1 or start:
+        raise ConfigError(
+            f"{source} is sampled on its own grid, where guidance and start have no meaning; give steps to solve its "
+            "ODE, or leave them out"
+        )
+    else:
+        found = loaded
+    recipe = coupling.recipe_of(found, count=count, seed=seed, shard=shard)
+    coupling.refuse_another(folder, recipe)
+    state = build.processes(device)
+    with run.held(folder, writes=state.is_main_process):
+        if state.is_main_process:
+            coupling.begin(recipe, folder)
+        state.wait_for_everyone()
+        numbers = range(state.process_index, recipe.num_shards, state.num_processes)
+        coupling.make_pairs(found, recipe, folder, batch=batch, numbers=numbers, bar=state.is_main_process)
+        state.wait_for_everyone()
+    return folder
 
 
 def evaluate(

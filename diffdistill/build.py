@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -20,6 +20,7 @@ from diffdistill.data import Images, Labels, Stream, Streams, refuse_unfit
 from diffdistill.data.fashion_mnist import Split, load_fashion_mnist
 from diffdistill.data.folder import load_images
 from diffdistill.data.image_set import ImageSet
+from diffdistill.data.pairs import fingerprint, read_pairs
 from diffdistill.denoiser import Backbone, Denoiser
 from diffdistill.generator import Generator
 from diffdistill.memory import memory_for
@@ -169,11 +170,13 @@ def images(config: DataConfig, split: Split) -> ImageSet:
             raise ConfigError("data.name is none, but real images are needed; set it, e.g. data.name=fashion_mnist")
 
 
-def streams(config: Config, names: frozenset[str], model: Denoiser, device: torch.device) -> Streams:
-    """The data a method reads, checked against what the denoiser expects."""
+def streams(config: Config, chosen: Method, device: torch.device) -> Streams:
+    """The data a method reads, checked against what its networks expect."""
+    model, names = chosen.generator.denoiser, chosen.streams()
     makers: dict[str, Callable[[], Stream]] = {
         "conditions": lambda: Labels(model.backbone.num_classes),
         "images": lambda: image_stream(config, model, device),
+        "pairs": lambda: pair_stream(config, chosen, device),
     }
     unknown = sorted(names - makers.keys())
     if unknown:
@@ -200,6 +203,43 @@ def image_stream(config: Config, model: Denoiser, device: torch.device) -> Strea
         )
     found = dataclasses.replace(found, images=found.images.to(device), labels=found.labels.to(device))
     return Images(found, labelled=classes > 0, flip=config.data.flip)
+
+
+def pair_stream(config: Config, chosen: Method, device: torch.device) -> Stream:
+    """The pairs of a config, on the device.
+
+    Raises:
+        ConfigError: there are none, or they are of another teacher or begin with another noise than the generator.
+    """
+    if not config.data.pairs:
+        raise ConfigError(
+            f"method {config.method_name} reads pairs, and data.pairs is missing; make some by: diffdistill couple "
+            "TEACHER --out FOLDER --count N, and give that folder"
+        )
+    recipe, found = read_pairs(Path(config.data.pairs), device)
+    model = chosen.generator.denoiser
+    first = min(part.grid[0] for part in chosen.generator.parts.values())
+    wanted = {
+        "shape": tuple(model.sample_shape),
+        "num_classes": model.backbone.num_classes,
+        "start": first,
+        "noise_std": model.process.prior_std(first),
+    }
+    if chosen.teacher is not None:
+        wanted |= {"guidance": chosen.teacher.guidance, "source": fingerprint(chosen.teacher.denoiser)}
+    for name, here in wanted.items():
+        there = getattr(recipe, name)
+        if there != here:
+            raise ConfigError(
+                f"data.pairs={config.data.pairs} has {name} {there!r}, and this run needs {here!r}; make pairs for it "
+                "by diffdistill couple, or change the run to fit them"
+            )
+    return found
+
+
+def processes(device: str) -> PartialState:
+    """The processes that share a command's work, torchrun's or this one alone."""
+    return PartialState(cpu=device == "cpu")
 
 
 def accelerator(config: Config) -> Accelerator:
@@ -245,7 +285,7 @@ def trainer(
     """
     chosen = method(config, accelerate.device)
     model, dtype = chosen.generator.denoiser, networks.DTYPES[config.train.precision]
-    data = streams(config, chosen.streams(), model, accelerate.device)
+    data = streams(config, chosen, accelerate.device)
     first = range(accelerate.process_index, accelerate.process_index + min(config.train.batch, 64))
     rng = Rng((config.seed, "first batch"), first, device=accelerate.device, dtype=dtype)
     refuse_unfit(data.draw(rng), tuple(model.sample_shape), dtype)

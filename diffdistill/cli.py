@@ -1,5 +1,5 @@
-"""The command line: train | sample | evaluate | export | check | methods. The only file that reads the environment
-(an experiment may, by ${oc.env:NAME,default}).
+"""The command line: train | sample | couple | evaluate | export | check | methods. The only file that reads the
+environment (an experiment may, by ${oc.env:NAME,default}).
 
 Exit status: 0 fine; 2 a mistake of the user, told in one line; 1 a run that had to stop; 130 and 143 after Ctrl-C and
 SIGTERM.
@@ -119,6 +119,22 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--scale", type=int, default=2, help="pixels of the picture per pixel of a sample")
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--label", type=int, help="one class for all; otherwise they take turns")
+    couple = command(
+        "couple",
+        _couple,
+        "Write pairs of a noise and where a teacher or a run takes it, for data.pairs; interrupted, it goes on.",
+        "diffdistill couple checkpoints/fashion-edm --out runs/fashion-pairs --count 8000",
+        "torchrun --nproc-per-node 2 -m diffdistill couple checkpoints/fashion-edm --out runs/pairs --count 100000",
+    )
+    couple.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    couple.add_argument("--count", type=int, required=True, help="pairs; their classes take turns")
+    couple.add_argument("--steps", type=int, default=0, help="of the ODE; otherwise 18, or a run's own grid")
+    couple.add_argument("--solver", default="heun", choices=("heun", "euler", "ddim"))
+    couple.add_argument("--guidance", type=float, default=1.0, help="w of u + w (c - u); 1 is none")
+    couple.add_argument("--start", type=float, default=0.0, help="time of the noise; otherwise the teacher's last")
+    couple.add_argument("--seed", type=int, default=0)
+    couple.add_argument("--batch", type=int, default=64, help="pairs made at once, which does not change them")
+    couple.add_argument("--shard", type=int, default=1024, help="pairs of one file")
     evaluate = command(
         "evaluate",
         _evaluate,
@@ -145,7 +161,7 @@ def parser() -> argparse.ArgumentParser:
         default=1e-5,
         help="largest difference of the pipeline from the generator (%(default)s)",
     )
-    for part in (sample, evaluate, export):
+    for part in (sample, couple, evaluate, export):
         part.add_argument("source", type=Path, metavar="RUN|FOLDER", help="output of train, or a denoiser's folder")
         part.add_argument(
             "--weights", default="", metavar="raw|AVERAGE", help="of a run; its first average, if it has one"
@@ -153,6 +169,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="keys of evaluate and data")
     for part in (sample, evaluate):
         part.add_argument("--teacher-steps", type=int, default=0, help="the teacher in so many steps, not the student")
+    for part in (sample, couple, evaluate):
         part.add_argument("--device", default="cpu", choices=("cpu", "cuda", "mps"))
 
     command("methods", _methods, "List the methods.", "diffdistill methods")
@@ -186,6 +203,14 @@ def _sample(options: argparse.Namespace) -> None:
     )
     write_grid(samples, options.out, columns=options.columns, scale=options.scale)
     print(f"{len(samples)} samples in {options.out}")
+
+
+def _couple(options: argparse.Namespace) -> None:
+    from diffdistill.api import couple
+
+    names = ("count", "steps", "solver", "guidance", "start", "seed", "batch", "shard", "weights", "device")
+    folder = couple(options.source, options.out, **{name: getattr(options, name) for name in names})
+    print(f"{options.count} pairs in {folder}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -160,6 +160,7 @@ class DataConfig:
     name: Literal["fashion_mnist", "folder", "none"] = "none"
     path: str = ""  # empty: what ships with the package
     flip: bool = False  # mirror half of the images left to right
+    pairs: str = ""  # a folder made by `diffdistill couple`, for the methods that read pairs
 
     def __post_init__(self):
         if self.name == "folder" and not self.path:

@@ -65,6 +65,17 @@ def gan_discriminator(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
     return F.softplus(full(logits_fake)) + F.softplus(-full(logits_real))
 
 
+def pair_distance(made: Tensor, target: Tensor, *, huber: float | None) -> Tensor:
+    """How far `made` is from `target` in each sample: the mean square, or pseudo-Huber where `huber` is given.
+
+    Pseudo-Huber is sqrt(mean d^2 + huber^2) - huber, so that its c is huber times the root of the sample's size.
+
+    Source: Song and Dhariwal 2023 (iCT), for the pseudo-Huber distance.
+    """
+    square = (full(made) - full(target)).square().flatten(1).mean(1)
+    return square if huber is None else (square + huber**2).sqrt() - huber
+
+
 def identity_distillation(x: Tensor, x0_real: Tensor, x0_fake: Tensor, *, alpha: float | Tensor) -> Tensor:
     """SiD's mean of d (mu_real - x - alpha d), d = mu_real - mu_fake, over each sample.
 

@@ -112,6 +112,7 @@ class Method(ABC):
     trains: ClassVar[str]  # in words: the names in players()
 
     generator: Sampler  # what is sampled, evaluated and exported
+    teacher: Teacher | None = None  # what it learns from, if anything
 
     _by_config: ClassVar[dict[type[MethodConfig], type["Method"]]] = {}
 

@@ -185,14 +185,19 @@ def teacher(config: Config, device: torch.device) -> Teacher:
     with memory_for("the teacher's weights"):
         frozen, _ = teacher_denoiser(config.teacher, device=device)
         frozen = frozen.to(DTYPES[config.train.precision])
-    if config.teacher.guidance != 1:
-        if not frozen.backbone.condition_names:
-            raise ConfigError(
-                f"teacher.guidance={config.teacher.guidance} needs a teacher with classes, and {config.teacher.path} "
-                "has none; leave guidance out"
-            )
-        frozen.backbone.null({name: torch.zeros(1, dtype=torch.long) for name in frozen.backbone.condition_names})
+    refuse_unguidable(frozen, config.teacher.guidance, config.teacher.path)
     return Teacher(frozen, guidance=config.teacher.guidance)
+
+
+def refuse_unguidable(model: Denoiser, guidance: float, path: str | Path) -> None:
+    """Refuses guidance of a network that knows no classes, or was not trained without them."""
+    if guidance == 1:
+        return
+    if not model.backbone.condition_names:
+        raise ConfigError(
+            f"teacher.guidance={guidance} needs a teacher with classes, and {path} has none; leave guidance out"
+        )
+    model.backbone.null({name: torch.zeros(1, dtype=torch.long) for name in model.backbone.condition_names})
 
 
 def refuse_unfit_network(model: Denoiser, role: str) -> None:

@@ -13,6 +13,7 @@ from diffdistill.backbones.diffusers import DiffusersBackbone
 from diffdistill.backbones.mlp import MLP
 from diffdistill.critic import Critic, DiscriminatorHead
 from diffdistill.data import Labels, Stream, Streams
+from diffdistill.data.pairs import Pairs
 from diffdistill.denoiser import Denoiser
 from diffdistill.generator import Generator
 from diffdistill.method import Method, Networks, PlayerSpec, Sample
@@ -103,13 +104,15 @@ class Case:
         """The streams that the method reads."""
         shape = method.generator.denoiser.sample_shape
         points = torch.randn(50, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 2
-        known = {"conditions": Labels(NUM_CLASSES), "images": Labelled(points)}
+        ends = Pairs(points * method.generator.process.t_max, points, torch.arange(50) % NUM_CLASSES)
+        known = {"conditions": Labels(NUM_CLASSES), "images": Labelled(points), "pairs": ends}
         return Streams({name: known[name] for name in method.streams()})
 
 
 CASES: dict[str, Case] = {
     "denoise": Case("denoise", {}),
     "diff_instruct": Case("diff_instruct", {}, grid=(20.0,)),
+    "dmd": Case("dmd", {}, grid=(20.0,)),
     "dmd2": Case("dmd2", {"ratio": 2}),
     "dmd2-alternating-gan": Case(
         "dmd2", {"time_scale": "alternating", "ratio": 2, "gan_weight": 0.1, "gan_critic_weight": 0.1}

@@ -15,7 +15,8 @@ from diffdistill.data import refuse_unfit
 from diffdistill.denoiser import Denoiser
 from diffdistill.evaluation.sampling import Solved, evaluating, sample_images
 from diffdistill.generator import Generator
-from diffdistill.method import Sample
+from diffdistill.method import Networks, Sample
+from diffdistill.methods.denoise import Denoise
 from diffdistill.prediction import Prediction
 from diffdistill.process import VE, VP
 from diffdistill.recipe import parse
@@ -218,8 +219,13 @@ def test_what_trains_recomputes_its_activations_where_asked_and_the_frozen_teach
 
 
 def test_a_stream_that_nothing_makes_is_refused():
-    with pytest.raises(ConfigError, match="reads the stream pairs, which nothing makes; known are conditions, images"):
-        build.streams(parse(smallest_recipe()), frozenset({"pairs"}), toy_denoiser(), torch.device("cpu"))
+    class Blind(Denoise):
+        def streams(self) -> frozenset[str]:
+            return frozenset({"smells"})
+
+    chosen = Blind(Denoise.Config(), Networks(lambda: Generator(toy_denoiser(), [1.0]), lambda: None))
+    with pytest.raises(ConfigError, match="reads the stream smells, which nothing makes; known are conditions, images"):
+        build.streams(parse(smallest_recipe()), chosen, torch.device("cpu"))
 
 
 def smallest_recipe() -> dict:

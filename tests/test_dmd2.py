@@ -10,7 +10,9 @@ from torch import nn
 
 from diffdistill.backbones.mlp import MLP
 from diffdistill.critic import Critic, DiscriminatorHead
+from diffdistill.data.pairs import Pairs
 from diffdistill.denoiser import Denoiser
+from diffdistill.evaluation.sampling import Solved
 from diffdistill.generator import Generator
 from diffdistill.losses import denoising, inject
 from diffdistill.method import Networks, Sample
@@ -471,6 +473,13 @@ def start() -> Denoiser:
     return model
 
 
+def ends_of_the_ode(teacher: Teacher, count: int) -> Pairs:
+    source = Solved(teacher, 12)
+    rng = Batched(("pairs",), range(count))
+    noise = source.prior(rng)
+    return Pairs(noise, source.sample(noise, {}, rng), None)
+
+
 def distilled(start, grid, *, steps, kind=DMD2, **config) -> Generator:
     """A small generator distilled from the exact teacher; the average over its last steps."""
 
@@ -489,11 +498,13 @@ def distilled(start, grid, *, steps, kind=DMD2, **config) -> Generator:
         for name, parameters in players.items()
     }
     real = CORNERS.sample(20_000, seed=5).float()
+    pairs = ends_of_the_ode(teacher, 4000 if "pairs" in method.streams() else 1)
     average = [parameter.detach().clone() for parameter in players["generator"]]
     for step in range(steps):
         for index, update in enumerate(method.plan(step)):
             draws = Batched((step, index, 0), range(BATCH))
             data = {"conditions": Sample(), "images": Sample(x0=real[draws.integers(len(real))])}
+            data["pairs"] = pairs.draw(draws)
             for number, term in enumerate(update.terms):
                 for name, parameters in players.items():
                     for parameter in parameters:

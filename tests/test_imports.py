@@ -37,7 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe": {"config", "method", "methods", "omegaconf", "yaml"},
     "memory": set(),
     "data": {"data", "method", "rng"},
-    "evaluation": {"evaluation", "data", "generator", "teacher", "rng", "tqdm"},
+    "coupling": {"checkpoint", "data", "evaluation", "generator", "rng", "tqdm"},
+    "evaluation": {"evaluation", "data", "denoiser", "generator", "teacher", "solvers", "rng", "tqdm"},
     "backbones": {"backbones", "denoiser", "process", "prediction", "diffusers", "huggingface_hub"},
     "exporting": {"exporting", "denoiser", "generator", "process", "prediction", "backbones", "rng", "diffusers"},
     "networks": NETWORKS | {"backbones", "checkpoint", "config", "evaluation", "memory", "recipe"},
@@ -118,7 +119,7 @@ def test_the_functions_are_at_hand_and_a_wrong_name_says_which():
     import diffdistill
     from diffdistill import api
 
-    for name in ("check", "distill", "evaluate", "export", "load", "sample"):
+    for name in ("check", "couple", "distill", "evaluate", "export", "load", "sample"):
         assert getattr(diffdistill, name) is getattr(api, name)
     with pytest.raises(AttributeError, match="distill, evaluate, export, load, sample"):
         _ = diffdistill.destill

@@ -74,12 +74,13 @@ def refuse_unfit(batch: Batch, sample_shape: tuple[int, ...], dtype: torch.dtype
                 f"stream {name} gives {x0.dtype} samples of shape {tuple(x0.shape[1:])}, but the network takes "
                 f"{dtype} of shape {sample_shape}; choose data or network of one shape"
             )
+        images = x0.ndim == 4 and sample.noise is None  # where an ODE ends knows no bounds
         low, high = x0.min().item(), x0.max().item()
         if not x0.isfinite().all():
             raise ValueError(f"stream {name} gives NaN or infinity; look at the data")
-        if x0.ndim == 4 and (low < -1 or high > 1):
+        if images and (low < -1 or high > 1):
             raise ValueError(f"stream {name} gives images from {low:g} to {high:g}; scale them to [-1, 1]")
-        if x0.ndim == 4 and high - low < 2 / 127.5:
+        if images and high - low < 2 / 127.5:
             raise ValueError(
                 f"stream {name} gives images from {low:g} to {high:g} in a whole batch, where [-1, 1] is the full "
                 "range; files must hold levels 0 to 255, and not 0 to 1"

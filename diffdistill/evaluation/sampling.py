@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from diffdistill.denoiser import Condition, Denoiser
 from diffdistill.generator import Sampler
 from diffdistill.rng import Rng
+from diffdistill.solvers import SOLVERS
 from diffdistill.teacher import Teacher
 
 
@@ -23,15 +25,43 @@ class Solved:
         teacher: with its own guidance.
         steps: times of the process's customary grid; the last step ends at the data.
         solver: heun, euler or ddim.
+        start: the time that begins with pure noise; 0 for the process's last.
     """
 
     teacher: Teacher
     steps: int = 18
     solver: str = "heun"
+    start: float = 0.0
 
     def __post_init__(self):
         if self.steps < 1:
             raise ValueError(f"the teacher needs at least 1 step, got {self.steps}")
+        if self.solver not in SOLVERS:
+            raise ValueError(f"the teacher's solver must be one of {', '.join(SOLVERS)}, got {self.solver!r}")
+        last = self.teacher.process.t_max
+        if not 0 <= self.start <= last:
+            raise ValueError(f"the start must lie in (0, {last:g}], the times of the teacher, got {self.start}")
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """The times of its evaluations, descending."""
+        process = self.teacher.process
+        if self.start in (0, process.t_max):
+            return process.grid(self.steps)
+        low, high = 0.0, 1.0
+        for _ in range(60):  # where the customary spacing, which only rises, comes to `start`
+            middle = (low + high) / 2
+            later = process.warp(torch.tensor([middle], dtype=torch.float64)).item() > self.start
+            low, high = (low, middle) if later else (middle, high)
+        return (self.start, *process.grid(self.steps, first=low)[1:])
+
+    def prior(self, rng: Rng) -> Tensor:
+        """Pure noise at the first time, shape (N, *sample_shape)."""
+        return self.teacher.process.prior_std(self.times[0]) * rng.normal(self.teacher.denoiser.sample_shape)
+
+    def sample(self, x: Tensor, cond: Condition | None, rng: Rng) -> Tensor:
+        """The end at the data of the ODE that begins in x, shape (N, ...)."""
+        return self.teacher.solve(x, (*self.times, 0.0), cond, solver=self.solver)
 
 
 def sample_images(
@@ -62,32 +92,29 @@ def sample_images(
     """
     if count < 1 or batch < 1:
         raise ValueError(f"count and batch must be at least 1, got {count} and {batch}")
-    parts = source.parts.values() if isinstance(source, Sampler) else [source.teacher]
-    denoisers = [part.denoiser for part in parts]
-    denoiser = denoisers[0]
+    networks = denoisers(source)
+    denoiser = networks[0]
     wanted = _labels(labels, count, denoiser.backbone.num_classes)
     length = -(-count // ranks)
     own = [min(index, count - 1) for index in range(rank * length, (rank + 1) * length)]
     parameter = next(denoiser.parameters())
     made = []
     bar = tqdm(total=length, desc=progress, unit="image", leave=False, disable=not progress, dynamic_ncols=True)
-    with torch.no_grad(), evaluating(*denoisers), bar:
+    with torch.no_grad(), evaluating(*networks), bar:
         for first in range(0, length, batch):
             slots = own[first : first + batch]
             cond = {} if wanted is None else {"label": wanted[slots].to(parameter.device)}
             rng = Rng((seed, "sample"), slots, device=parameter.device, dtype=parameter.dtype)
-            made.append(_draw(source, rng, cond).cpu())
+            made.append(source.sample(source.prior(rng), cond, rng).cpu())
             bar.update(len(slots))
     return torch.cat(made), None if wanted is None else wanted[own]
 
 
-def _draw(source: Sampler | Solved, rng: Rng, cond: dict[str, Tensor]) -> Tensor:
-    if isinstance(source, Sampler):
-        return source.sample(source.prior(rng), cond, rng)
-    teacher, process = source.teacher, source.teacher.process
-    times = process.grid(source.steps)
-    x = process.prior_std(times[0]) * rng.normal(teacher.denoiser.sample_shape)
-    return teacher.solve(x, (*times, 0.0), cond, solver=source.solver)
+def denoisers(source: Sampler | Solved) -> list[Denoiser]:
+    """All networks that take part in sampling."""
+    if isinstance(source, Solved):
+        return [source.teacher.denoiser]
+    return [part.denoiser for part in source.parts.values()]
 
 
 def _labels(labels: Sequence[int] | None, count: int, classes: int) -> Tensor | None:

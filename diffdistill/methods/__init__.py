@@ -3,6 +3,7 @@
 from diffdistill.method import Method
 from diffdistill.methods.denoise import Denoise
 from diffdistill.methods.diff_instruct import DiffInstruct
+from diffdistill.methods.dmd import DMD
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.methods.f_distill import FDistill
 from diffdistill.methods.sid import SiD
@@ -12,6 +13,7 @@ from diffdistill.methods.uni_instruct import UniInstruct
 METHODS: dict[str, type[Method]] = {
     "denoise": Denoise,
     "diff_instruct": DiffInstruct,
+    "dmd": DMD,
     "dmd2": DMD2,
     "f_distill": FDistill,
     "sid": SiD,

@@ -1,0 +1,122 @@
+"""Pairs of a noise and where a sampler takes it: the folders that `diffdistill couple` writes, and their stream."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from diffdistill.data import Stream
+from diffdistill.method import Sample
+from diffdistill.rng import Rng
+
+RECIPE = "pairs.json"
+
+
+@dataclass(frozen=True)
+class PairRecipe:
+    """What the pairs of a folder are. Pair i is a function of all this and of i alone."""
+
+    source: str  # fingerprint of the networks that were sampled
+    start: float  # time of the noise, in the source's process
+    noise_std: float  # of the noise at that time
+    steps: int  # of the solver; 0 for a generator's own
+    solver: str  # empty for a generator's own
+    guidance: float
+    seed: int
+    count: int
+    shard: int  # pairs of one file
+    shape: tuple[int, ...]  # of one sample
+    num_classes: int  # 0: no labels
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.count // self.shard)
+
+    def slots(self, number: int) -> range:
+        """The pairs in file `number`."""
+        return range(number * self.shard, min((number + 1) * self.shard, self.count))
+
+
+@dataclass(frozen=True)
+class Pairs(Stream):
+    """Pairs drawn uniformly with replacement: the end point as x0, and its noise as it is fed to a generator.
+
+    Args:
+        noise, x0: float32 (M, *shape), on the training device.
+        labels: int64 (M,), or None without classes.
+    """
+
+    noise: Tensor
+    x0: Tensor
+    labels: Tensor | None
+
+    def draw(self, rng: Rng) -> Sample:
+        index = rng.integers(len(self.x0))
+        cond = {} if self.labels is None else {"label": self.labels[index]}
+        return Sample(x0=self.x0[index].to(rng.dtype), cond=cond, noise=self.noise[index].to(rng.dtype))
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """Where the pairs of file `number` lie: noise, x0 and, with classes, label."""
+    return folder / f"pairs-{number:05d}.safetensors"
+
+
+def write_recipe(recipe: PairRecipe, path: Path) -> None:
+    path.write_text(json.dumps(asdict(recipe), indent=1) + "\n")
+
+
+def read_recipe(folder: Path) -> PairRecipe:
+    """The recipe of a folder of pairs.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    path = folder / RECIPE
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no pairs ({RECIPE} is missing); make some by: diffdistill couple")
+    try:
+        values = json.loads(path.read_text())
+        return PairRecipe(**{**values, "shape": tuple(values["shape"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged: {error}; make the pairs again") from error
+
+
+def read_pairs(folder: Path, device: torch.device) -> tuple[PairRecipe, Pairs]:
+    """All pairs of a folder, on the device.
+
+    Raises:
+        ValueError: some are missing or damaged.
+    """
+    recipe, columns = read_recipe(folder), {}
+    for number in range(recipe.num_shards):
+        path = shard_path(folder, number)
+        try:
+            shard = load_file(path)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{path} is missing: {folder} has {number} of {recipe.num_shards} files; run the same `diffdistill "
+                "couple` again, it makes what is missing"
+            ) from error
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"{path} cannot be read: {error}; delete it and run the same `diffdistill couple`"
+            ) from error
+        for name, values in shard.items():
+            columns.setdefault(name, []).append(values)
+    whole = {name: torch.cat(values).to(device) for name, values in columns.items()}
+    return recipe, Pairs(whole["noise"], whole["x0"], whole.get("label"))
+
+
+def fingerprint(*networks: nn.Module) -> str:
+    """SHA-256 of all weights, as float32: the same for one network stored in float16 and read back in any precision."""
+    found = hashlib.sha256()
+    for network in networks:
+        for name, value in sorted(network.state_dict().items()):
+            found.update(name.encode())
+            found.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return found.hexdigest()

@@ -1,0 +1,218 @@
+"""Pairs of noise and end point: what they are, that interrupted work goes on, and that DMD's regression reads them."""
+
+import dataclasses
+import hashlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_api import toy_denoiser
+from tiny import NUM_CLASSES, refused, student_recipe, teacher_recipe, write_recipe
+
+from diffdistill import api, coupling
+from diffdistill.cli import main
+from diffdistill.config import ConfigError
+from diffdistill.data.pairs import fingerprint, read_pairs, read_recipe, shard_path
+from diffdistill.data.pairs import write_recipe as write_recipe_of_pairs
+from diffdistill.evaluation.sampling import Solved
+from diffdistill.generator import Generator
+from diffdistill.losses import pair_distance
+from diffdistill.rng import Rng
+from diffdistill.teacher import Teacher
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    """A teacher's folder, from a real run of a few steps."""
+    folder = tmp_path_factory.mktemp("coupling")
+    return api.export_denoiser(api.distill(teacher_recipe(folder), say=lambda line: None), folder / "exported")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("pairs*"))}
+
+
+def made(source, folder: Path, *, count: int = 10, seed: int = 0, shard: int = 4, batch: int = 3):
+    recipe = coupling.recipe_of(source, count=count, seed=seed, shard=shard)
+    coupling.begin(recipe, folder)
+    coupling.make_pairs(source, recipe, folder, batch=batch, numbers=range(recipe.num_shards), bar=False)
+    return read_pairs(folder, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("start", [0.0, 2.0])
+def test_a_pair_is_a_noise_and_the_end_of_the_ode_from_it(start, tmp_path):
+    frozen = Teacher(toy_denoiser(), guidance=1.5)
+    source = Solved(frozen, 6, "heun", start)
+    recipe, pairs = made(source, tmp_path)
+    assert recipe.start == (start or 5.0) == source.times[0] and len(source.times) == 6
+    assert len(pairs.noise) == len(pairs.x0) == 10 and pairs.noise.dtype == pairs.x0.dtype == torch.float32
+    assert pairs.labels.tolist() == [i % NUM_CLASSES for i in range(10)]
+    noise = recipe.noise_std * Rng((0, "pairs"), range(10), dtype=torch.float64).normal((2,))
+    assert torch.equal(pairs.noise, noise.float())
+    end = frozen.solve(noise, (*source.times, 0.0), {"label": pairs.labels}, solver="heun")
+    torch.testing.assert_close(pairs.x0, end.float(), rtol=1e-6, atol=1e-6)  # rounded to float32 on the way to disk
+
+
+def test_a_later_start_keeps_the_customary_spacing_below_it():
+    process = toy_denoiser().process
+    times = Solved(Teacher(toy_denoiser()), 6, "heun", 2.0).times
+    u = [t ** (1 / process.rho) for t in times]  # evenly spaced by Karras et al. 2022
+    assert times[0] == 2.0 and times[-1] == pytest.approx(process.sigma_min, rel=1e-9)
+    assert [a - b for a, b in zip(u, u[1:], strict=False)] == pytest.approx([(u[0] - u[-1]) / 5] * 5, rel=1e-6)
+
+
+def test_pairs_do_not_depend_on_batch_shards_or_count(tmp_path):
+    source = Solved(Teacher(toy_denoiser()), 4)
+    _, whole = made(source, tmp_path / "a")
+    _, parts = made(source, tmp_path / "b", count=7, shard=2, batch=1)
+    assert torch.equal(parts.noise, whole.noise[:7]) and torch.equal(parts.labels, whole.labels[:7])
+    torch.testing.assert_close(parts.x0, whole.x0[:7], rtol=1e-6, atol=1e-6)
+    _, other = made(source, tmp_path / "c", seed=1)
+    assert not (other.noise == whole.noise).any()
+
+
+def test_processes_that_share_the_files_make_those_of_one(tmp_path):
+    source = Solved(Teacher(toy_denoiser()), 4)
+    made(source, tmp_path / "one")
+    recipe = coupling.recipe_of(source, count=10, seed=0, shard=4)
+    coupling.begin(recipe, tmp_path / "two")
+    for rank in range(2):
+        coupling.make_pairs(source, recipe, tmp_path / "two", batch=3, numbers=range(rank, 3, 2), bar=False)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two") and len(digests(tmp_path / "two")) == 4
+
+
+def test_a_run_is_coupled_on_its_own_grid(tmp_path):
+    source = Generator(toy_denoiser(), [5.0, 1.0])
+    recipe, pairs = made(source, tmp_path, batch=10, shard=10)
+    assert (recipe.steps, recipe.solver, recipe.start) == (0, "", 5.0)
+    rng = Rng((0, "pairs"), range(10), dtype=torch.float64)
+    noise = source.prior(rng)
+    assert torch.equal(pairs.noise, noise.float())
+    assert torch.equal(pairs.x0, source.sample(noise, {"label": pairs.labels}, rng).float())
+
+
+def test_a_killed_command_goes_on_and_ends_in_the_same_files(teacher, tmp_path):
+    """Killed as soon as its third file is there; some later one is then not there, or half written."""
+    line = [
+        sys.executable,
+        "-m",
+        "diffdistill",
+        "couple",
+        str(teacher),
+        "--count",
+        "400",
+        "--shard",
+        "10",
+        "--batch",
+        "5",
+    ]
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    first = subprocess.Popen([*line, "--out", str(tmp_path / "killed")], env=environment, stderr=subprocess.DEVNULL)
+    limit = time.monotonic() + 120
+    while not shard_path(tmp_path / "killed", 2).exists():
+        assert first.poll() is None and time.monotonic() < limit
+        time.sleep(0.01)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert not shard_path(tmp_path / "killed", 39).exists()
+    with pytest.raises(ValueError, match="run the same `diffdistill couple` again"):
+        read_pairs(tmp_path / "killed", torch.device("cpu"))
+    options = {"count": 400, "shard": 10, "batch": 5}
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("pairs-*")}
+    api.couple(teacher, tmp_path / "killed", **options)
+    assert all((tmp_path / "killed" / name).stat().st_mtime_ns == when for name, when in before.items())  # kept
+    api.couple(teacher, tmp_path / "whole", **options)
+    assert digests(tmp_path / "killed") == digests(tmp_path / "whole") and len(digests(tmp_path / "whole")) == 41
+
+
+def test_a_folder_of_another_recipe_is_refused_with_every_key_that_differs(teacher, tmp_path, capsys):
+    api.couple(teacher, tmp_path / "pairs", count=4, steps=2)
+    said = refused(
+        capsys, "couple", teacher, "--out", tmp_path / "pairs", "--count", 5, "--steps", 2, "--solver", "euler"
+    )
+    assert "solver was 'heun' and is 'euler'" in said and "count was 4 and is 5" in said and "steps was" not in said
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("my only copy")
+    assert "is not empty and holds no pairs" in refused(
+        capsys, "couple", teacher, "--out", tmp_path / "full", "--count", 5
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--count", "0"], "count and shard must be at least 1"),
+        (["--count", "4", "--start", "21"], r"the start must lie in \(0, 20\]"),
+        (["--count", "4", "--steps", "-1"], "at least 1 step"),
+        (["--count", "4", "--guidance", "2"], "trained without an unconditional label"),
+    ],
+)
+def test_a_mistake_is_refused_before_anything_is_written(options, said, teacher, tmp_path, capsys):
+    assert re.search(said, refused(capsys, "couple", teacher, "--out", tmp_path / "pairs", *options))
+    assert not (tmp_path / "pairs").exists()
+
+
+def test_the_command_makes_pairs_that_a_dmd_run_reads(teacher, tmp_path, capsys):
+    assert main(["couple", str(teacher), "--out", str(tmp_path / "pairs"), "--count", "12", "--steps", "3"]) == 0
+    assert "12 pairs in" in capsys.readouterr().out
+    assert load_file(shard_path(tmp_path / "pairs", 0)).keys() == {"noise", "x0", "label"}
+    recipe = student_recipe(tmp_path, teacher)
+    recipe["method"] = {"name": "dmd"}
+    del recipe["critic"]
+    without = write_recipe(tmp_path / "without.yaml", recipe)
+    assert "reads pairs, and data.pairs is missing" in refused(capsys, "train", without)
+    recipe["data"]["pairs"] = str(tmp_path / "pairs")
+    api.distill(recipe, say=lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"source": "0" * 64}, "has source '000.*', and this run needs"),
+        ({"guidance": 2.0}, "has guidance 2.0, and this run needs 1.0"),
+        ({"start": 5.0}, "has start 5.0, and this run needs 20.0"),
+        ({"num_classes": 4}, "has num_classes 4, and this run needs 3"),
+    ],
+)
+def test_pairs_that_do_not_fit_the_run_are_refused(change, said, teacher, tmp_path):
+    folder = api.couple(teacher, tmp_path / "pairs", count=4, steps=2)
+    write_recipe_of_pairs(dataclasses.replace(read_recipe(folder), **change), folder / "pairs.json")
+    recipe = student_recipe(tmp_path, teacher)
+    recipe["method"], recipe["data"]["pairs"] = {"name": "dmd"}, str(folder)
+    del recipe["critic"]
+    with pytest.raises(ConfigError, match=said):
+        api.distill(recipe, say=lambda line: None)
+    assert not (tmp_path / "student").exists()
+
+
+def test_a_fingerprint_tells_weights_and_not_their_precision():
+    model = toy_denoiser()
+    half = toy_denoiser().to(torch.float16)
+    assert fingerprint(half) == fingerprint(toy_denoiser().to(torch.float16).double()) != fingerprint(model)
+    with torch.no_grad():
+        next(half.parameters()).view(-1)[0] += 1
+    assert fingerprint(half) != fingerprint(toy_denoiser().to(torch.float16))
+
+
+def test_damaged_pairs_are_refused(teacher, tmp_path):
+    folder = api.couple(teacher, tmp_path / "pairs", count=4, steps=2)
+    shard_path(folder, 0).write_bytes(b"no")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_pairs(folder, torch.device("cpu"))
+    (folder / "pairs.json").write_text("{}")
+    with pytest.raises(ValueError, match="is damaged"):
+        read_recipe(folder)
+
+
+def test_the_distance_of_a_pair():
+    made, target = torch.tensor([[1.0, 2.0], [0.0, 0.0]]).double(), torch.tensor([[0.0, 0.0], [0.0, 0.0]]).double()
+    assert pair_distance(made, target, huber=None).tolist() == [2.5, 0.0]
+    assert pair_distance(made, target, huber=0.5).tolist() == pytest.approx([2.75**0.5 - 0.5, 0.0], rel=1e-12)
