@@ -17,20 +17,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diffdistill import build, checkpoint, coupling, networks, run, trial
+from diffdistill import build, checkpoint, coupling, joining, networks, run, trial
 from diffdistill.backbones.folder import MEANING
 from diffdistill.config import Config, ConfigError, DataConfig, DenoiserConfig, EvaluateConfig, TeacherConfig
 from diffdistill.evaluation.features import MOMENTS_FILE, Extractor, default_extractor
 from diffdistill.evaluation.frechet import load_moments
 from diffdistill.evaluation.metrics import Reference, build_reference, evaluate_images
-from diffdistill.evaluation.sampling import Solved, sample_images
-from diffdistill.exporting import TOLERANCE, Report, write_pipeline
+from diffdistill.evaluation.sampling import Solved, refuse_share, sample_images
+from diffdistill.exporting import TOLERANCE, Report, RoutedPipelines, RoutedReport, write_pipeline, write_routed
 from diffdistill.generator import Generator, Sampler
 from diffdistill.hooks import Evaluation, Pictures
 from diffdistill.memory import OutOfMemory, memory_for
 from diffdistill.methods import METHODS
 from diffdistill.player import RAW
 from diffdistill.recipe import flat, load_config, parse, plain, typed
+from diffdistill.routed import Routed
 from diffdistill.teacher import Teacher
 from diffdistill.trainer import Every, Trainer
 
@@ -256,16 +257,10 @@ def evaluate(
             f"{folder} does not say which real images to compare with; name them, e.g. data.name=fashion_mnist"
         )
     real = own.data if data is None else typed(DataConfig, dict(data), "data")
+    loaded = opened(folder, weights=weights, teacher_steps=teacher_steps, device=device)
+    refuse_share(loaded)
     extractor, reference = yardstick(chosen, real, cache=folder / "cache", device=device)
-    samples, labels = sample(
-        folder,
-        chosen.samples,
-        seed=chosen.seed,
-        weights=weights,
-        teacher_steps=teacher_steps,
-        batch=chosen.batch,
-        device=device,
-    )
+    samples, labels = sample_images(loaded, chosen.samples, seed=chosen.seed, batch=chosen.batch)
     return evaluate_images(samples.float(), labels, reference, extractor)
 
 
@@ -298,8 +293,10 @@ def export(
     vae: nn.Module | None = None,
     tolerance: float = TOLERANCE,
     replace: bool = False,
-) -> Report:
+) -> Report | RoutedReport:
     """Write a run's generator as a stock diffusers pipeline, reopened and compared; what was written.
+
+    Of a run of several students each becomes a pipeline, in a folder that `load_routed` opens.
 
     Args:
         weights: as for `load`.
@@ -313,9 +310,30 @@ def export(
     loaded = load(source, weights=weights)
     if isinstance(loaded, Teacher):
         raise ConfigError(f"{source} is a denoiser's folder, which has no grid to sample on; export a run")
-    generator = _only(loaded, source)
-    dtype = torch.float16 if half else torch.float32
-    return write_pipeline(generator, Path(folder), dtype=dtype, vae=vae, tolerance=tolerance, replace=replace)
+    options = {"dtype": torch.float16 if half else torch.float32, "vae": vae, "tolerance": tolerance}
+    if isinstance(loaded, Routed):
+        return write_routed(loaded, Path(folder), replace=replace, **options)
+    return write_pipeline(_only(loaded, source), Path(folder), replace=replace, **options)
+
+
+def load_routed(folder: str | Path, *, device: str = "cpu") -> RoutedPipelines:
+    """The stock pipelines that `export` made of several students, behind their router: one call samples all classes.
+
+    images = load_routed("my-pipelines")(labels=[0, 7], seed=0)
+
+    Raises:
+        ValueError: no such export is there, or a file of it is damaged.
+    """
+    return RoutedPipelines(Path(folder), device=device)
+
+
+def join(runs: Sequence[str | Path], output: str | Path) -> Path:
+    """One run of all students, made of the runs of each alone (method.only), to sample, measure, export or train on.
+
+    Raises:
+        ConfigError, CheckpointError: they do not make a whole.
+    """
+    return joining.join([Path(folder) for folder in runs], Path(output))
 
 
 def export_denoiser(

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,10 +14,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from diffdistill import networks
-from diffdistill.backbones.folder import MEANING
+from diffdistill.backbones.folder import MEANING, META
 from diffdistill.config import Config, ConfigError, CriticConfig, DataConfig, HalfLifeConfig, PlayerConfig
 from diffdistill.critic import Critic, DiscriminatorHead
-from diffdistill.data import Images, Labels, Stream, Streams, refuse_unfit
+from diffdistill.data import Images, Labels, SomeLabels, Stream, Streams, refuse_unfit
 from diffdistill.data.fashion_mnist import Split, load_fashion_mnist
 from diffdistill.data.folder import load_images
 from diffdistill.data.image_set import ImageSet
@@ -26,9 +27,11 @@ from diffdistill.generator import Generator
 from diffdistill.memory import memory_for
 from diffdistill.method import Method, Networks, PlayerSpec
 from diffdistill.methods import METHODS
+from diffdistill.methods.multi_student import MultiStudent
 from diffdistill.player import RAW, HalfLifeDecay, LearningRate, Player
 from diffdistill.recipe import plain
 from diffdistill.rng import Rng
+from diffdistill.shares import Classes
 from diffdistill.teacher import Teacher
 from diffdistill.trainer import Every, Schedule, Trainer
 
@@ -67,7 +70,10 @@ def method(config: Config, device: torch.device) -> Method:
                 head = DiscriminatorHead(shapes).to(device, dtype)
             return Critic(own, head=head, taps=config.critic.taps, trunk=trunk)
 
-    return kind(config.method, Networks(new_generator, new_critic, frozen))
+    chosen = kind(config.method, Networks(new_generator, new_critic, frozen))
+    if device != META:
+        networks.start_parts(config, chosen.generator)
+    return chosen
 
 
 def refuse_unused(config: Config) -> None:
@@ -171,38 +177,49 @@ def images(config: DataConfig, split: Split) -> ImageSet:
 
 
 def streams(config: Config, chosen: Method, device: torch.device) -> Streams:
-    """The data a method reads, checked against what its networks expect."""
-    model, names = chosen.generator.denoiser, chosen.streams()
-    makers: dict[str, Callable[[], Stream]] = {
-        "conditions": lambda: Labels(model.backbone.num_classes),
-        "images": lambda: image_stream(config, model, device),
-        "pairs": lambda: pair_stream(config, chosen, device),
+    """The data a method reads, by name of stream, checked against what its networks expect."""
+    model = chosen.generator.denoiser
+    sources = {name: chosen.source(name) for name in sorted(chosen.streams())}
+    pairs = functools.cache(lambda: pair_stream(config, chosen, device))  # one copy, whoever reads them
+    makers: dict[str, Callable[[Classes | None], Stream]] = {
+        "conditions": lambda classes: label_stream(model, device, classes),
+        "images": lambda classes: image_stream(config, model, device, classes),
+        "pairs": lambda classes: pairs(),
     }
-    unknown = sorted(names - makers.keys())
+    unknown = sorted({source.kind for source in sources.values()} - makers.keys())
     if unknown:
         raise ConfigError(
             f"method.name={config.method_name} reads the stream {unknown[0]}, which nothing makes; known are "
             f"{', '.join(makers)}; read one of these, or add {unknown[0]} to build.streams"
         )
-    return Streams({name: make() for name, make in makers.items() if name in names})
+    return Streams({name: makers[source.kind](source.classes) for name, source in sources.items()})
 
 
-def image_stream(config: Config, model: Denoiser, device: torch.device) -> Stream:
-    """The training images of a config, on the device."""
-    classes, found = model.backbone.num_classes, images(config.data, "train")
+def label_stream(model: Denoiser, device: torch.device, classes: Classes | None) -> Stream:
+    """Labels of these classes, or of all that the network knows."""
+    if classes is None:
+        return Labels(model.backbone.num_classes)
+    return SomeLabels(torch.tensor(classes, device=device))
+
+
+def image_stream(config: Config, model: Denoiser, device: torch.device, classes: Classes | None) -> Stream:
+    """The training images of a config, or those of these classes alone, on the device."""
+    num_classes, found = model.backbone.num_classes, images(config.data, "train")
     shape, wanted = tuple(found.images.shape[1:]), tuple(model.sample_shape)
     if shape != wanted:
         raise ConfigError(
             f"data.name={config.data.name} has images of shape {shape}, but the network takes {wanted}; choose data or "
             "network of one shape"
         )
-    if classes and found.num_classes != classes:
+    if num_classes and found.num_classes != num_classes:
         raise ConfigError(
-            f"data.name={config.data.name} has {found.num_classes} classes, but the network {classes}; choose data or "
-            "network of the same classes"
+            f"data.name={config.data.name} has {found.num_classes} classes, but the network {num_classes}; choose data "
+            "or network of the same classes"
         )
+    if classes is not None:
+        found = found.of_classes(classes)
     found = dataclasses.replace(found, images=found.images.to(device), labels=found.labels.to(device))
-    return Images(found, labelled=classes > 0, flip=config.data.flip)
+    return Images(found, labelled=num_classes > 0, flip=config.data.flip)
 
 
 def pair_stream(config: Config, chosen: Method, device: torch.device) -> Stream:
@@ -311,11 +328,11 @@ def trained(config: Config, chosen: Method, accelerate: Accelerator) -> Mapping[
     """The method's players, sharded where the config says so, with the generator's averages."""
     sharded = config.train.sharding == "fsdp2"
     specs = chosen.players()
-    check_players(config, specs)
+    settings = player_settings(config, specs)
     if sharded:
         specs = {name: shard(spec, accelerate.device) for name, spec in specs.items()}
     players = {
-        name: player(spec, config.players[name], config.train.steps, accelerate, sharded=sharded)
+        name: player(spec, settings[name], config.train.steps, accelerate, sharded=sharded)
         for name, spec in specs.items()
     }
     for name, decay in config.averages.items():
@@ -326,10 +343,29 @@ def trained(config: Config, chosen: Method, accelerate: Accelerator) -> Mapping[
     return players
 
 
-def check_players(config: Config, specs: Mapping[str, PlayerSpec]) -> None:
-    """Refuses settings for players that the method does not have, or the lack of some that it has."""
-    if specs.keys() != config.players.keys():
+def player_settings(config: Config, specs: Mapping[str, PlayerSpec]) -> dict[str, PlayerConfig]:
+    """The settings of each player: those given under its whole name, or under what is behind its last slash.
+
+    So `generator` serves 0/generator and 1/generator, and `0/generator` is for that one alone.
+
+    Raises:
+        ConfigError: settings for no player of the method, or the lack of some.
+    """
+    given, known = config.players, _known_players(config, specs)
+    keys = {name: name if name in given else name.rpartition("/")[2] for name in known}
+    if set(keys.values()) != given.keys():
+        wanted = ", ".join(dict.fromkeys(name.rpartition("/")[2] for name in known))
+        alone = f" (or the whole name for one alone: {', '.join(known)})" if any("/" in name for name in known) else ""
         raise ConfigError(
-            f"players must have exactly the keys {', '.join(specs)} for method {config.method_name}, got "
-            f"{', '.join(config.players) or 'none'}"
+            f"players must have exactly the keys {wanted}{alone} for method {config.method_name}, got "
+            f"{', '.join(given) or 'none'}"
         )
+    return {name: given[keys[name]] for name in specs}
+
+
+def _known_players(config: Config, specs: Mapping[str, PlayerSpec]) -> list[str]:
+    """The names of the run's players, and those of students that other runs of the recipe train (method.only)."""
+    if not isinstance(config.method, MultiStudent.Config):
+        return list(specs)
+    inside = dict.fromkeys(name.partition("/")[2] for name in specs)
+    return [f"{number}/{name}" for number in range(config.method.students) for name in inside]

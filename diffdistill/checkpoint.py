@@ -56,11 +56,12 @@ def save(folder: Path, players: Mapping[str, Player], state: Mapping, *, writes:
                     if writes:
                         kept[key] = full.cpu().contiguous()
                 if writes:
+                    (beside / file).parent.mkdir(exist_ok=True)  # a player may be named student/generator
                     save_file(kept, beside / file)
                     sums[file] = _sha256(beside / file)
         if writes:
             (beside / STATE).write_text(json.dumps({**state, "files": sums}, indent=1))
-            for path in (*beside.iterdir(), beside):
+            for path in (*beside.rglob("*"), beside):
                 to_disk(path)
             if folder.exists():
                 folder.rename(replaced)

@@ -1,5 +1,5 @@
-"""The command line: train | sample | couple | evaluate | export | check | methods. The only file that reads the
-environment (an experiment may, by ${oc.env:NAME,default}).
+"""The command line: train | sample | couple | evaluate | export | check | join | cluster | methods. The only file that
+reads the environment (an experiment may, by ${oc.env:NAME,default}).
 
 Exit status: 0 fine; 2 a mistake of the user, told in one line; 1 a run that had to stop; 130 and 143 after Ctrl-C and
 SIGTERM.
@@ -172,6 +172,24 @@ def parser() -> argparse.ArgumentParser:
     for part in (sample, couple, evaluate):
         part.add_argument("--device", default="cpu", choices=("cpu", "cuda", "mps"))
 
+    join = command(
+        "join",
+        _join,
+        "Make one run of the runs of each student alone (method.only).",
+        "diffdistill join runs/student-0 runs/student-1 --out runs/students",
+    )
+    join.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="one for each student, all at one step")
+    cluster = command(
+        "cluster",
+        _cluster,
+        "Divide embeddings among students by k-means: the centroids of method.shares.",
+        "diffdistill cluster class-embeddings.npz --students 4 --out centroids.safetensors",
+    )
+    cluster.add_argument("embeddings", type=Path, metavar="FILE", help=".safetensors or .npz with the array embeddings")
+    cluster.add_argument("--students", type=int, required=True)
+    cluster.add_argument("--seed", type=int, default=0)
+    for part in (join, cluster):
+        part.add_argument("--out", type=Path, required=True)
     command("methods", _methods, "List the methods.", "diffdistill methods")
     return top
 
@@ -244,13 +262,30 @@ def _export(options: argparse.Namespace) -> None:
         print(api.export(options.source, options.out, tolerance=options.tolerance, **shared))
 
 
+def _join(options: argparse.Namespace) -> None:
+    from diffdistill.api import join
+
+    print(join(options.runs, options.out))
+
+
+def _cluster(options: argparse.Namespace) -> None:
+    from diffdistill.kmeans import fit, nearest, read_embeddings, write_centroids
+
+    points = read_embeddings(options.embeddings)
+    centroids = fit(points, options.students, seed=options.seed)
+    write_centroids(centroids, options.out)
+    sizes = nearest(points, centroids).bincount(minlength=options.students).tolist()
+    print(f"{options.out}: {len(centroids)} centroids of {len(points)} embeddings, with {sizes} each")
+
+
 def _methods(options: argparse.Namespace) -> None:
     from diffdistill.methods import METHODS
 
+    width = max(map(len, METHODS)) + 2
     for name, kind in METHODS.items():
         teacher = "a teacher" if kind.needs_teacher else "no teacher"
-        print(f"{name:<12}{kind.reference}")
-        print(f"{'':<12}needs {teacher}; reads {kind.reads}; trains {kind.trains}")
+        print(f"{name:<{width}}{kind.reference}")
+        print(f"{'':<{width}}needs {teacher}; reads {kind.reads}; trains {kind.trains}")
 
 
 if __name__ == "__main__":

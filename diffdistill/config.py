@@ -8,6 +8,7 @@ from diffdistill.denoiser import CLOCKS
 from diffdistill.generator import STEP_RULES, check_descending
 from diffdistill.player import RAW, ConstantDecay, PowerDecay
 from diffdistill.prediction import Prediction
+from diffdistill.shares import SHARES, Shares
 from diffdistill.times import TIME_SAMPLERS, TimeSampler
 
 
@@ -288,5 +289,6 @@ CHOICES: dict[Any, Mapping[str, type]] = {
     ProcessConfig: {"vp": VPConfig, "ve": VEConfig, "rectified": RectifiedConfig, "trig": TrigConfig},
     AverageConfig: {"constant": ConstantDecay, "half_life": HalfLifeConfig, "power": PowerDecay},
     TimeSampler: TIME_SAMPLERS,
+    Shares: SHARES,
 }
 NAMES: dict[type, str] = {kind: name for choices in CHOICES.values() for name, kind in choices.items()}

@@ -42,6 +42,11 @@ class Sampler(ABC):
         """Clean samples from the noise x of shape (N, ...), without gradient: what evaluation scores."""
 
     @property
+    def classes(self) -> Sequence[int]:
+        """The labels that it can be asked for: all that its networks know, unless it is made for a part of them."""
+        return range(self.denoiser.backbone.num_classes)
+
+    @property
     def denoiser(self) -> Denoiser:
         """Of the first part: its sample shape, classes and precision are those of all."""
         return next(iter(self.parts.values())).denoiser

@@ -12,7 +12,7 @@ from diffdistill.config import PicturesConfig
 from diffdistill.evaluation.features import Extractor
 from diffdistill.evaluation.grid import image_grid
 from diffdistill.evaluation.metrics import Reference, evaluate_images
-from diffdistill.evaluation.sampling import sample_images
+from diffdistill.evaluation.sampling import refuse_share, sample_images
 from diffdistill.trainer import Trainer
 
 PICTURE_SEED = 0
@@ -43,6 +43,7 @@ class Evaluation:
     extractor: Extractor
 
     def __call__(self, trainer: Trainer, step: int) -> Mapping[str, float] | None:
+        refuse_share(trainer.method.generator)
         samples, labels = shown(trainer, self.samples, seed=self.seed, batch=self.batch)
         if not trainer.main:
             return None

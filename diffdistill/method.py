@@ -97,6 +97,14 @@ class MethodConfig:
     """The settings of one method. A field of this type in another method's settings holds a whole method, by name."""
 
 
+@dataclass(frozen=True)
+class Source:
+    """What one of a method's streams draws from."""
+
+    kind: str  # images, conditions, pairs
+    classes: tuple[int, ...] | None = None  # draw from these alone; None for everything
+
+
 class Method(ABC):
     """One paper. Subclasses set the class variables and are listed in `diffdistill.methods.METHODS`.
 
@@ -133,6 +141,10 @@ class Method(ABC):
     @abstractmethod
     def streams(self) -> frozenset[str]:
         """Names of the data streams that the terms read: images, conditions, pairs."""
+
+    def source(self, stream: str) -> Source:
+        """What a stream draws from: everything of the kind that its name says, unless a method says otherwise."""
+        return Source(stream)
 
     @abstractmethod
     def plan(self, step: int) -> Sequence[Update | Action]:

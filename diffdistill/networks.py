@@ -32,7 +32,7 @@ from diffdistill.config import (
 )
 from diffdistill.denoiser import Backbone, Denoiser
 from diffdistill.evaluation.sampling import evaluating
-from diffdistill.generator import Generator
+from diffdistill.generator import GENERATOR, Generator, Sampler
 from diffdistill.memory import memory_for
 from diffdistill.process import VE, VP, Process, Rectified, Trig
 from diffdistill.recipe import plain, typed
@@ -160,9 +160,30 @@ def starting_denoiser(config: Config, device: torch.device | str = "cpu") -> tup
         if (source / MEANING).is_file():
             stored = {name: value.detach() for name, value in read_denoiser(source)[0].named_parameters()}
             checkpoint.fill(parameters, stored, source=source)
-        else:
-            checkpoint.initialise(parameters, source, player="generator", weights=wanted.init_weights)
+        elif not _holds_several(source):
+            checkpoint.initialise(parameters, source, player=GENERATOR, weights=wanted.init_weights)
     return model, meaning
+
+
+def start_parts(config: Config, sampler: Sampler) -> None:
+    """Where generator.init_from is a run of several generators, each of the sampler's starts as its namesake there.
+
+    Raises:
+        CheckpointError: one has no namesake, or its weights do not fit.
+    """
+    wanted = config.generator
+    if wanted.init_from and _holds_several(Path(wanted.init_from)):
+        for name, part in sampler.parts.items():
+            parameters = dict(part.denoiser.named_parameters())
+            checkpoint.initialise(parameters, Path(wanted.init_from), player=name, weights=wanted.init_weights)
+
+
+def _holds_several(source: Path) -> bool:
+    """Whether a run or checkpoint is of several generators."""
+    if (source / MEANING).is_file():
+        return False
+    files = checkpoint.read_state(checkpoint.latest(source) or source)["files"]
+    return f"{GENERATOR}.weights.safetensors" not in files
 
 
 def recompute_activations(model: Denoiser) -> None:

@@ -53,6 +53,12 @@ class Rng:
         """An independent stream for the same slots."""
         return Rng((*self.key, name), self.slots, device=self.device, dtype=self.dtype)
 
+    def rows(self, places: Sequence[int]) -> "Rng":
+        """This stream, from here on, for the slots at `places` alone: each sample draws the same numbers either way."""
+        part = Rng(self.key, [self.slots[place] for place in places], device=self.device, dtype=self.dtype)
+        part._count = self._count
+        return part
+
     def normal(self, shape: Sequence[int]) -> Tensor:
         """Standard normal numbers of shape (N, *shape)."""
         rows = torch.empty(len(self.slots), *shape, device=self.device, dtype=self.dtype)

@@ -48,7 +48,7 @@ def plan_memory(config: Config) -> list[Role]:
     """
     roles = []
     chosen = build.method(config, META)
-    build.check_players(config, chosen.players())
+    build.player_settings(config, chosen.players())
     if METHODS[config.method_name].needs_teacher:
         roles.append(_role("teacher", list(networks.teacher(config, META).denoiser.parameters())))
     for name, spec in chosen.players().items():

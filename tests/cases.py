@@ -1,5 +1,6 @@
 """Every method at toy size: one entry per method or variant, so that the contract in test_contract.py covers it."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 from diffdistill.backbones.diffusers import DiffusersBackbone
 from diffdistill.backbones.mlp import MLP
 from diffdistill.critic import Critic, DiscriminatorHead
-from diffdistill.data import Labels, Stream, Streams
+from diffdistill.data import SomeLabels, Stream, Streams
 from diffdistill.data.pairs import Pairs
 from diffdistill.denoiser import Denoiser
 from diffdistill.generator import Generator
-from diffdistill.method import Method, Networks, PlayerSpec, Sample
+from diffdistill.method import Method, Networks, PlayerSpec, Sample, Source
 from diffdistill.methods import METHODS
+from diffdistill.methods.dmd import DMD
+from diffdistill.methods.dmd2 import DMD2
 from diffdistill.player import ConstantDecay, LearningRate, Player, PowerDecay
 from diffdistill.prediction import Prediction
 from diffdistill.process import VE
@@ -30,13 +33,16 @@ NUM_CLASSES = 3
 
 @dataclass(frozen=True)
 class Labelled(Stream):
-    """Rows of a tensor with the class of each, drawn uniformly."""
+    """Rows of a tensor with the class of each, drawn uniformly from those of `classes`."""
 
     points: Tensor
+    classes: tuple[int, ...] = tuple(range(NUM_CLASSES))
 
     def draw(self, rng: Rng) -> Sample:
-        index = rng.integers(len(self.points))
-        return Sample(x0=self.points[index].to(rng.dtype), cond={"label": index % NUM_CLASSES})
+        labels = torch.arange(len(self.points)) % NUM_CLASSES
+        kept = torch.isin(labels, torch.tensor(self.classes)).nonzero()[:, 0]
+        index = kept[rng.integers(len(kept))]
+        return Sample(x0=self.points[index].to(rng.dtype), cond={"label": labels[index]})
 
 
 def mlp() -> MLP:
@@ -88,8 +94,13 @@ class Case:
             teacher = Teacher(self._denoiser(dtype), guidance=self.guidance)
         trunk = teacher.denoiser if self.trunk == "teacher" else None
         networks = Networks(
-            lambda: Generator(first, self.grid),
-            lambda: Critic(second, head=head, taps=self.taps if head else (), trunk=trunk if head else None),
+            lambda: Generator(copy.deepcopy(first), self.grid),
+            lambda: Critic(
+                copy.deepcopy(second),
+                head=copy.deepcopy(head),
+                taps=self.taps if head else (),
+                trunk=trunk if head else None,
+            ),
             teacher if kind.needs_teacher else None,
         )
         return kind(kind.Config(**self.options), networks)
@@ -104,9 +115,15 @@ class Case:
         """The streams that the method reads."""
         shape = method.generator.denoiser.sample_shape
         points = torch.randn(50, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 2
+        sources = {name: method.source(name) for name in method.streams()}
         ends = Pairs(points * method.generator.process.t_max, points, torch.arange(50) % NUM_CLASSES)
-        known = {"conditions": Labels(NUM_CLASSES), "images": Labelled(points), "pairs": ends}
-        return Streams({name: known[name] for name in method.streams()})
+
+        def stream(source: Source) -> Stream:
+            classes = tuple(range(NUM_CLASSES)) if source.classes is None else source.classes
+            labels = SomeLabels(torch.tensor(classes))
+            return {"conditions": labels, "images": Labelled(points, classes), "pairs": ends}[source.kind]
+
+        return Streams({name: stream(source) for name, source in sources.items()})
 
 
 CASES: dict[str, Case] = {
@@ -121,6 +138,12 @@ CASES: dict[str, Case] = {
         "dmd2", {"ratio": 1, "gan_weight": 0.1, "gan_critic_weight": 0.1}, grid=(20.0,), trunk="teacher"
     ),
     "f_distill": Case("f_distill", {"ratio": 1}, grid=(20.0,)),
+    "multi_student": Case(
+        "multi_student", {"students": 2, "inside": DMD2.Config(ratio=2, gan_weight=0.1, gan_critic_weight=0.1)}
+    ),
+    "multi_student-one-alone": Case("multi_student", {"students": 2, "inside": DMD2.Config(ratio=1), "only": 1}),
+    "multi_student-dmd": Case("multi_student", {"students": 2, "inside": DMD.Config()}, grid=(20.0,)),
+    "score_matching": Case("score_matching", {}, guidance=1.5),
     "sid": Case("sid", {"alpha": 1.2}, grid=(2.5,)),
     "sim": Case("sim", {"ratio": 2}),
     "uni_instruct": Case("uni_instruct", {"divergence": "jensen_shannon"}, grid=(20.0,), trunk="teacher"),
@@ -156,7 +179,7 @@ def make_trainer(
     seed: int = 0,
     **options,
 ) -> Trainer:
-    """A real Trainer of the case, on the CPU; the player named generator keeps two averages."""
+    """A real Trainer of the case, on the CPU; every generator keeps two averages."""
     AcceleratorState._reset_state()  # it is global, and refuses a second precision
     accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
     method = case.make(dtype=dtype)
@@ -165,8 +188,9 @@ def make_trainer(
         specs = {name: shard(spec) for name, spec in specs.items()}
     reduce = torch.distributed.all_reduce if accelerator.num_processes > 1 and shard is None else None
     players = {name: make_player(spec, reduce=reduce, **options) for name, spec in specs.items()}
-    players["generator"].average("constant", ConstantDecay(0.9))
-    players["generator"].average("power", PowerDecay(0.1))
+    for name in method.generator.parts:
+        players[name].average("constant", ConstantDecay(0.9))
+        players[name].average("power", PowerDecay(0.1))
     data = case.streams(method) if data is None else data
     return Trainer(method, players, data, accelerator, schedule, seed=seed, output=output, hooks=hooks, dtype=dtype)
 

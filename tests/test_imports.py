@@ -23,31 +23,45 @@ MAY_IMPORT: dict[str, set[str]] = {
     "times": {"process"},
     "solvers": {"process", "prediction"},
     "divergences": set(),
+    "kmeans": set(),
+    "shares": {"kmeans"},
+    "routed": {"denoiser", "generator", "rng"},
     "denoiser": {"process", "prediction"},
     "losses": {"process", "prediction", "denoiser"},
     "teacher": TENSORS | {"denoiser"},
     "generator": TENSORS | {"denoiser"},
     "critic": TENSORS | {"denoiser"},
     "method": NETWORKS,
-    "methods": NETWORKS | {"method", "methods", "divergences"},
+    "methods": NETWORKS | {"method", "methods", "divergences", "routed", "shares"},
     "player": {"method", "rng"},
     "checkpoint": {"player", "method"},
     "trainer": {"checkpoint", "player", "method", "rng", "accelerate", "tqdm"},
-    "config": {"denoiser", "generator", "player", "prediction", "times"},
+    "config": {"denoiser", "generator", "player", "prediction", "shares", "times"},
     "recipe": {"config", "method", "methods", "omegaconf", "yaml"},
     "memory": set(),
     "data": {"data", "method", "rng"},
     "coupling": {"checkpoint", "data", "evaluation", "generator", "rng", "tqdm"},
     "evaluation": {"evaluation", "data", "denoiser", "generator", "teacher", "solvers", "rng", "tqdm"},
     "backbones": {"backbones", "denoiser", "process", "prediction", "diffusers", "huggingface_hub"},
-    "exporting": {"exporting", "denoiser", "generator", "process", "prediction", "backbones", "rng", "diffusers"},
+    "exporting": {
+        "exporting",
+        "denoiser",
+        "generator",
+        "routed",
+        "process",
+        "prediction",
+        "backbones",
+        "rng",
+        "diffusers",
+    },
     "networks": NETWORKS | {"backbones", "checkpoint", "config", "evaluation", "memory", "recipe"},
     "run": {"__init__", "checkpoint", "config", "recipe"},
+    "joining": {"checkpoint", "config", "methods", "run"},
     "hooks": {"config", "evaluation", "trainer"},
     "trial": {"backbones", "build", "config", "method", "methods", "networks", "trainer"},
     "build": {"*", "accelerate"},
     "api": {"*"},
-    "cli": {"api", "hooks", "memory", "methods", "recipe", "trainer"},
+    "cli": {"api", "hooks", "kmeans", "memory", "methods", "recipe", "trainer"},
     "demo": {"api", "cli", "config", "data", "evaluation", "generator", "recipe"},
 }
 ANYWHERE = {"torch", "numpy", "PIL", "safetensors", *sys.stdlib_module_names}
@@ -119,9 +133,9 @@ def test_the_functions_are_at_hand_and_a_wrong_name_says_which():
     import diffdistill
     from diffdistill import api
 
-    for name in ("check", "couple", "distill", "evaluate", "export", "load", "sample"):
+    for name in ("check", "couple", "distill", "evaluate", "export", "join", "load", "load_routed", "sample"):
         assert getattr(diffdistill, name) is getattr(api, name)
-    with pytest.raises(AttributeError, match="distill, evaluate, export, load, sample"):
+    with pytest.raises(AttributeError, match="distill, evaluate, export, join, load, load_routed, sample"):
         _ = diffdistill.destill
 
 

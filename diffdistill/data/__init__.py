@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from diffdistill.data.image_set import ImageSet
 from diffdistill.method import Batch, Sample
@@ -47,6 +48,16 @@ class Labels(Stream):
 
     def draw(self, rng: Rng) -> Sample:
         return Sample(cond={"label": rng.integers(self.num_classes)} if self.num_classes else {})
+
+
+@dataclass(frozen=True)
+class SomeLabels(Stream):
+    """Class labels drawn uniformly from `classes`, int64 (K,), on the training device."""
+
+    classes: Tensor
+
+    def draw(self, rng: Rng) -> Sample:
+        return Sample(cond={"label": self.classes[rng.integers(len(self.classes))]})
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,19 @@ class ImageSet:
             raise ValueError(f"index must be int64 (B,), got {index.dtype} {tuple(index.shape)}; use index.long()")
         return self.images[index].float() / 127.5 - 1, self.labels[index]
 
+    def of_classes(self, classes: Sequence[int]) -> ImageSet:
+        """The images of these classes alone, with the labels that they have here.
+
+        Raises:
+            ValueError: there is none.
+        """
+        kept = torch.isin(self.labels, torch.tensor(list(classes), device=self.labels.device))
+        if not kept.any():
+            raise ValueError(f"the data have no image of the classes {list(classes)}; give some, or other classes")
+        grey = self.images.stride(1) == 0
+        channels = self.images[:, :1] if grey else self.images
+        return ImageSet(channels[kept].expand(-1, 3, -1, -1), self.labels[kept], self.num_classes)
+
     def content_hash(self) -> str:
         """SHA-256 over the shape and the pixels, as hex; labels and memory layout do not enter."""
         digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())

@@ -81,7 +81,7 @@ def sample_images(
         source: few-step generators, or a teacher with its steps.
         seed: of the noises. The same seed and index give the same noise for every source of one sample shape.
         batch: samples made at once; it does not change them beyond rounding.
-        labels: the class of each sample, count of them, in [0, classes); None for i % classes.
+        labels: the class of each sample, count of them, among the source's; None for all of these in turn.
         rank, ranks: this process's place. Shares are consecutive, and padded by the last sample to one length, since
             sharded networks need every rank at every forward; cut the joined shares to `count`.
         progress: what a bar says while sampling; empty for none.
@@ -94,7 +94,8 @@ def sample_images(
         raise ValueError(f"count and batch must be at least 1, got {count} and {batch}")
     networks = denoisers(source)
     denoiser = networks[0]
-    wanted = _labels(labels, count, denoiser.backbone.num_classes)
+    known = source.classes if isinstance(source, Sampler) else range(denoiser.backbone.num_classes)
+    wanted = _labels(labels, count, known)
     length = -(-count // ranks)
     own = [min(index, count - 1) for index in range(rank * length, (rank + 1) * length)]
     parameter = next(denoiser.parameters())
@@ -117,16 +118,31 @@ def denoisers(source: Sampler | Solved) -> list[Denoiser]:
     return [part.denoiser for part in source.parts.values()]
 
 
-def _labels(labels: Sequence[int] | None, count: int, classes: int) -> Tensor | None:
-    if not classes:
+def refuse_share(source: Sampler | Solved) -> None:
+    """Refuses to measure against all real images what makes only some of their classes.
+
+    Raises:
+        ValueError: naming these classes.
+    """
+    if isinstance(source, Sampler) and len(source.classes) < source.denoiser.backbone.num_classes:
+        raise ValueError(
+            f"this run makes only the classes {list(source.classes)}, and would be measured against all; join the runs "
+            "of all students, and evaluate that one (in training: evaluate.every=0)"
+        )
+
+
+def _labels(labels: Sequence[int] | None, count: int, classes: Sequence[int]) -> Tensor | None:
+    if not len(classes):
         if labels is not None:
             raise ValueError("labels are given, but the network has no classes; leave them out")
         return None
     if labels is None:
-        return torch.arange(count) % classes
+        return torch.tensor(list(classes))[torch.arange(count) % len(classes)]
     wanted = torch.as_tensor(labels, dtype=torch.int64).cpu()
-    if wanted.shape != (count,) or wanted.min() < 0 or wanted.max() >= classes:
-        raise ValueError(f"labels must be {count} numbers in [0, {classes}), got {wanted.tolist()[:10]}")
+    if wanted.shape != (count,) or not torch.isin(wanted, torch.tensor(list(classes))).all():
+        last = classes[-1] + 1
+        known = f"in [0, {last})" if len(classes) == last else f"among {list(classes)}"
+        raise ValueError(f"labels must be {count} numbers {known}, got {wanted.tolist()[:10]}")
     return wanted
 
 

@@ -3,7 +3,20 @@
 from diffdistill.exporting.card import snippet
 from diffdistill.exporting.compare import Replay
 from diffdistill.exporting.exporters import EXPORTERS
+from diffdistill.exporting.routed import RoutedPipelines, RoutedReport, write_routed
 from diffdistill.exporting.stock import Refusal, Stock
 from diffdistill.exporting.write import TOLERANCE, Report, write_pipeline
 
-__all__ = ["EXPORTERS", "TOLERANCE", "Refusal", "Replay", "Report", "Stock", "snippet", "write_pipeline"]
+__all__ = [
+    "EXPORTERS",
+    "TOLERANCE",
+    "Refusal",
+    "Replay",
+    "Report",
+    "RoutedPipelines",
+    "RoutedReport",
+    "Stock",
+    "snippet",
+    "write_pipeline",
+    "write_routed",
+]

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,21 +48,27 @@ def compare(stock: Stock, pipeline: Any, generator: Generator, *, seed: int = 0)
 
 def final_state(pipeline: Any, arguments: dict[str, Any], seed: int) -> Tensor:
     """What the scheduler's last step returned, shape (N, ...): samples before the pipeline clamps or decodes them."""
+    pipeline.set_progress_bar_config(disable=True)
+    with watched(pipeline) as states, torch.random.fork_rng(devices=[]):
+        # the global generator itself, because DiTPipeline draws the noise between its steps from there
+        pipeline(**arguments, generator=torch.manual_seed(seed), output_type="pt")
+    return states[-1]
+
+
+@contextmanager
+def watched(pipeline: Any):
+    """Within the block, what each step of the pipeline's scheduler returns goes to the list yielded."""
     states: list[Tensor] = []
     step = pipeline.scheduler.step
 
     @functools.wraps(step)
-    def watched(*args, **kwargs):
+    def watching(*args, **kwargs):
         result = step(*args, **kwargs)
         states.append(result[0])
         return result
 
-    pipeline.scheduler.step = watched
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler.step = watching
     try:
-        with torch.random.fork_rng(devices=[]):
-            # the global generator itself, because DiTPipeline draws the noise between its steps from there
-            pipeline(**arguments, generator=torch.manual_seed(seed), output_type="pt")
+        yield states
     finally:
         del pipeline.scheduler.step
-    return states[-1]

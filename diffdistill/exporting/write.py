@@ -28,6 +28,8 @@ class Report:
         pipeline, scheduler: the classes of diffusers.
         call: arguments of every call of the pipeline, beside labels, batch size and generator.
         difference: the largest absolute difference of its samples from the generator's, in float32, before clamping.
+        notes: what a user of the folder should know.
+        takes_batch_size: False where the number of labels says how many images to make.
     """
 
     folder: Path
@@ -36,6 +38,7 @@ class Report:
     call: dict[str, Any]
     difference: float
     notes: tuple[str, ...]
+    takes_batch_size: bool
 
     def __str__(self) -> str:
         call = ", ".join(f"{name}={value!r}" for name, value in self.call.items())
@@ -72,7 +75,7 @@ def write_pipeline(
     from diffusers import DiffusionPipeline
 
     folder = Path(folder)
-    _require_free(folder, replace)
+    require_free(folder, replace, marker="model_index.json")
     asked = request(generator, vae, dtype)
     stock = find(asked)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +83,7 @@ def write_pipeline(
     try:
         nn.Module.to(asked.network, dtype)  # diffusers' own `to` warns about modules that this call does not concern
         stock.pipeline.save_pretrained(beside, safe_serialization=True)
-        with _quiet():
+        with quiet():
             reopened = DiffusionPipeline.from_pretrained(beside, dtype=torch.float32)
         if type(reopened) is not type(stock.pipeline):
             raise RuntimeError(f"{beside} reopened as {type(reopened)}, not as {type(stock.pipeline)}")
@@ -107,20 +110,22 @@ def write_pipeline(
         dict(stock.call),
         difference,
         stock.notes,
+        stock.takes_batch_size,
     )
 
 
-def _require_free(folder: Path, replace: bool) -> None:
+def require_free(folder: Path, replace: bool, *, marker: str) -> None:
+    """Refuses an existing folder, unless it is to be replaced and has the file that marks such an export."""
     if not folder.exists():
         return
     if not replace:
         raise ValueError(f"{folder} exists; choose another folder, or replace=True for an earlier export")
-    if not (folder / "model_index.json").is_file():
+    if not (folder / marker).is_file():
         raise ValueError(f"{folder} exists and is no pipeline folder, so it is not replaced; choose another folder")
 
 
 @contextlib.contextmanager
-def _quiet():
+def quiet():
     """No progress bar for a folder that opens in a second."""
     from diffusers.utils import logging
 

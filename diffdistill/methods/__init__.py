@@ -6,6 +6,8 @@ from diffdistill.methods.diff_instruct import DiffInstruct
 from diffdistill.methods.dmd import DMD
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.methods.f_distill import FDistill
+from diffdistill.methods.multi_student import MultiStudent
+from diffdistill.methods.score_matching import ScoreMatching
 from diffdistill.methods.sid import SiD
 from diffdistill.methods.sim import SIM
 from diffdistill.methods.uni_instruct import UniInstruct
@@ -16,6 +18,8 @@ METHODS: dict[str, type[Method]] = {
     "dmd": DMD,
     "dmd2": DMD2,
     "f_distill": FDistill,
+    "multi_student": MultiStudent,
+    "score_matching": ScoreMatching,
     "sid": SiD,
     "sim": SIM,
     "uni_instruct": UniInstruct,
