@@ -13,7 +13,7 @@ from diffdistill.critic import Critic, DiscriminatorHead
 from diffdistill.data.pairs import Pairs
 from diffdistill.denoiser import Denoiser
 from diffdistill.evaluation.sampling import Solved
-from diffdistill.generator import Generator
+from diffdistill.generator import Generator, Sampler
 from diffdistill.losses import denoising, inject
 from diffdistill.method import Networks, Sample
 from diffdistill.methods.dmd2 import DMD2
@@ -480,8 +480,11 @@ def ends_of_the_ode(teacher: Teacher, count: int) -> Pairs:
     return Pairs(noise, source.sample(noise, {}, rng), None)
 
 
-def distilled(start, grid, *, steps, kind=DMD2, **config) -> Generator:
-    """A small generator distilled from the exact teacher; the average over its last steps."""
+def distilled(start, grid, *, steps, kind=DMD2, step_rule="renoise", phases=1, **config) -> Sampler:
+    """A small generator, or several, distilled from the exact teacher; the average over the last steps of each.
+
+    The learning rate falls towards the end of each of so many phases of equal length.
+    """
 
     def new_critic():
         if not kind.discriminates(kind.Config(**config)):
@@ -490,7 +493,7 @@ def distilled(start, grid, *, steps, kind=DMD2, **config) -> Generator:
 
     torch.manual_seed(1)
     teacher = Teacher(denoiser(CORNERS, start.process))
-    networks = Networks(lambda: Generator(copy.deepcopy(start), grid), new_critic, teacher)
+    networks = Networks(lambda: Generator(copy.deepcopy(start), grid, step_rule=step_rule), new_critic, teacher)
     method = kind(kind.Config(**config), networks)
     players = {name: list(spec.parameters.values()) for name, spec in method.players().items()}
     optimizers = {
@@ -499,8 +502,10 @@ def distilled(start, grid, *, steps, kind=DMD2, **config) -> Generator:
     }
     real = CORNERS.sample(20_000, seed=5).float()
     pairs = ends_of_the_ode(teacher, 4000 if "pairs" in method.streams() else 1)
-    average = [parameter.detach().clone() for parameter in players["generator"]]
+    averages = {name: [p.detach().clone() for p in players[name]] for name in method.generator.parts}
+    length = steps // phases
     for step in range(steps):
+        since = step % length
         for index, update in enumerate(method.plan(step)):
             draws = Batched((step, index, 0), range(BATCH))
             data = {"conditions": Sample(), "images": Sample(x0=real[draws.integers(len(real))])}
@@ -511,12 +516,14 @@ def distilled(start, grid, *, steps, kind=DMD2, **config) -> Generator:
                         parameter.requires_grad_(name == term.player)
                 term.loss(data, Batched((step, index, 1 + number), range(BATCH))).value.mean().backward()
             for name in update.players:
-                optimizers[name].param_groups[0]["lr"] = 2e-3 * min(1, 2 - 2 * step / steps)
+                optimizers[name].param_groups[0]["lr"] = 2e-3 * min(1, 2 - 2 * since / length)
                 optimizers[name].step()
                 optimizers[name].zero_grad()
-        torch._foreach_lerp_(average, [p.detach() for p in players["generator"]], 0.02 if step > 100 else 0.5)
-    for parameter, mean in zip(players["generator"], average, strict=True):
-        parameter.data.copy_(mean)
+        for name in averages.keys() & {player for update in method.plan(step) for player in update.players}:
+            torch._foreach_lerp_(averages[name], [p.detach() for p in players[name]], 0.02 if since > 100 else 0.5)
+    for name, average in averages.items():
+        for parameter, mean in zip(players[name], average, strict=True):
+            parameter.data.copy_(mean)
     return method.generator
 
 
@@ -534,7 +541,7 @@ def test_dmd2_reaches_the_law_of_an_exact_teacher(start, grid, steps, config):
     assert_reaches_the_law(distilled(start, grid, steps=steps, **config))
 
 
-def assert_reaches_the_law(generator: Generator) -> None:
+def assert_reaches_the_law(generator: Sampler) -> None:
     """Mean and covariance within 5 percent of the law's spread, and every mode with its share."""
     draws = Batched(("evaluate",), range(20_000))
     x = generator.sample(generator.prior(draws), {}, draws).double()

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "diffdistill"
 # What each file may import: names of our own modules without "diffdistill.", and packages beyond torch, numpy, pillow,
 # safetensors and the standard library. A folder's name stands for all of its files; "*" is everything of ours.
 TENSORS = {"process", "prediction", "times", "rng", "losses", "solvers"}
-NETWORKS = TENSORS | {"denoiser", "teacher", "generator", "critic"}
+NETWORKS = TENSORS | {"denoiser", "teacher", "generator", "relay", "critic", "intervals"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"api"},
     "__main__": {"cli"},
@@ -30,7 +30,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "losses": {"process", "prediction", "denoiser"},
     "teacher": TENSORS | {"denoiser"},
     "generator": TENSORS | {"denoiser"},
+    "relay": TENSORS | {"denoiser", "generator"},
     "critic": TENSORS | {"denoiser"},
+    "intervals": TENSORS | {"denoiser"},
     "method": NETWORKS,
     "methods": NETWORKS | {"method", "methods", "divergences", "routed", "shares"},
     "player": {"method", "rng"},

@@ -7,6 +7,7 @@ from diffdistill.methods.dmd import DMD
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.methods.f_distill import FDistill
 from diffdistill.methods.multi_student import MultiStudent
+from diffdistill.methods.phased_dmd import PhasedDMD
 from diffdistill.methods.score_matching import ScoreMatching
 from diffdistill.methods.sid import SiD
 from diffdistill.methods.sim import SIM
@@ -19,6 +20,7 @@ METHODS: dict[str, type[Method]] = {
     "dmd2": DMD2,
     "f_distill": FDistill,
     "multi_student": MultiStudent,
+    "phased_dmd": PhasedDMD,
     "score_matching": ScoreMatching,
     "sid": SiD,
     "sim": SIM,
