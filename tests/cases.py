@@ -74,6 +74,7 @@ class Case:
     options: dict
     backbone: Callable[[], nn.Module] = mlp
     grid: tuple[float, ...] = (20.0, 1.0)
+    step_rule: str = "renoise"
     guidance: float = 2.0
     taps: tuple[str, ...] = ("layers.0", "layers.1")
     trunk: str = "critic"
@@ -94,7 +95,7 @@ class Case:
             teacher = Teacher(self._denoiser(dtype), guidance=self.guidance)
         trunk = teacher.denoiser if self.trunk == "teacher" else None
         networks = Networks(
-            lambda: Generator(copy.deepcopy(first), self.grid),
+            lambda: Generator(copy.deepcopy(first), self.grid, step_rule=self.step_rule),
             lambda: Critic(
                 copy.deepcopy(second),
                 head=copy.deepcopy(head),
@@ -143,6 +144,13 @@ CASES: dict[str, Case] = {
     ),
     "multi_student-one-alone": Case("multi_student", {"students": 2, "inside": DMD2.Config(ratio=1), "only": 1}),
     "multi_student-dmd": Case("multi_student", {"students": 2, "inside": DMD.Config()}, grid=(20.0,)),
+    "phased_dmd": Case("phased_dmd", {"steps_per_phase": (2,), "ratio": 2}, step_rule="euler"),
+    "phased_dmd-two-times-in-one-phase": Case(
+        "phased_dmd",
+        {"phases": (2, 1), "steps_per_phase": (1, 2), "initial": "previous", "time_scale": "alternating", "ratio": 2},
+        grid=(20.0, 5.0, 1.0),
+        step_rule="ddim",
+    ),
     "score_matching": Case("score_matching", {}, guidance=1.5),
     "sid": Case("sid", {"alpha": 1.2}, grid=(2.5,)),
     "sim": Case("sim", {"ratio": 2}),

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from cases import CASES, all_tensors, make_trainer
 from oracle import Affine, Quadrature, Slope, denoiser, gaussian
 from test_dmd2 import (
     CLASSES,
@@ -29,6 +30,7 @@ from diffdistill.prediction import Prediction
 from diffdistill.process import VE, VP, Rectified
 from diffdistill.teacher import Teacher
 from diffdistill.times import Uniform
+from diffdistill.trainer import Schedule
 
 float64 = torch.float64
 
@@ -346,6 +348,20 @@ def test_bad_settings_are_refused_by_name():
                 Teacher(network(VE())),
             ),
         )
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.method == "phased_dmd"])
+def test_a_phase_changes_its_own_players_alone(name, tmp_path):
+    """Weights, moments and averages of the others stay bit for bit, through the real loop."""
+    trainer = make_trainer(CASES[name], tmp_path, schedule=Schedule(steps=5, batch=4, log_every=0, save_every=1))
+    for step in range(5):
+        before, phase = all_tensors(trainer), trainer.method.phase(step)
+        trainer.one_step()
+        for key, tensor in all_tensors(trainer).items():
+            if not key.startswith(f"{phase}/"):
+                assert torch.equal(tensor, before[key]), key
+        own = [key for key in before if key.startswith((f"{phase}/generator/weights", f"{phase}/critic/weights"))]
+        assert any(not torch.equal(all_tensors(trainer)[key], before[key]) for key in own)
 
 
 def test_every_player_is_listed_with_parameters_of_its_own():

@@ -77,7 +77,7 @@ class PhasedDMD(Method):
     reference = "Fan et al. 2025, arXiv:2510.27684"
     needs_teacher = True
     reads = "conditions"
-    trains = "generator and critic of each phase"
+    trains = "generator, critic of each phase"
 
     def __init__(self, config: Config, networks: Networks):
         self.config, self.teacher = config, networks.teacher
