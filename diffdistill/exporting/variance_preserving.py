@@ -137,11 +137,10 @@ def latent_consistency(request: Request) -> Stock:
     )
 
 
-def any_ddim(request: Request) -> Stock:
-    """DDIM steps at any whole times, with or without classes: the first-order DPM-Solver++ is DDIM."""
-    from diffusers import ConsistencyModelPipeline, DPMSolverMultistepScheduler
+def first_order_scheduler(request: Request) -> Any:
+    """DDIM steps at any whole times: the first-order DPM-Solver++ is DDIM."""
+    from diffusers import DPMSolverMultistepScheduler
 
-    square_size(request)
     options = table(request)
     require(
         request.rule in ("one", "ddim"),
@@ -152,11 +151,18 @@ def any_ddim(request: Request) -> Stock:
         not request.process.ends_at_zero_snr,
         "DPMSolverMultistepScheduler divides by alpha, which is 0 at the end of this table",
     )
-    scheduler = DPMSolverMultistepScheduler(
+    return DPMSolverMultistepScheduler(
         **options, solver_order=1, algorithm_type="dpmsolver++", final_sigmas_type="zero"
     )
+
+
+def any_ddim(request: Request) -> Stock:
+    """DDIM steps at any whole times, with or without classes."""
+    from diffusers import ConsistencyModelPipeline
+
+    square_size(request)
     return Stock(
-        ConsistencyModelPipeline(unet=request.network, scheduler=scheduler),
+        ConsistencyModelPipeline(unet=request.network, scheduler=first_order_scheduler(request)),
         {"num_inference_steps": None, "timesteps": indices(request)},
         takes_labels=request.num_classes > 0,
     )
