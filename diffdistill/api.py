@@ -24,13 +24,24 @@ from diffdistill.evaluation.features import MOMENTS_FILE, Extractor, default_ext
 from diffdistill.evaluation.frechet import load_moments
 from diffdistill.evaluation.metrics import Reference, build_reference, evaluate_images
 from diffdistill.evaluation.sampling import Solved, refuse_share, sample_images
-from diffdistill.exporting import TOLERANCE, Report, RoutedPipelines, RoutedReport, write_pipeline, write_routed
+from diffdistill.exporting import (
+    TOLERANCE,
+    RelayPipeline,
+    RelayReport,
+    Report,
+    RoutedPipelines,
+    RoutedReport,
+    write_pipeline,
+    write_relay,
+    write_routed,
+)
 from diffdistill.generator import Generator, Sampler
 from diffdistill.hooks import Evaluation, Pictures
 from diffdistill.memory import OutOfMemory, memory_for
 from diffdistill.methods import METHODS
 from diffdistill.player import RAW
 from diffdistill.recipe import flat, load_config, parse, plain, typed
+from diffdistill.relay import Relay
 from diffdistill.routed import Routed
 from diffdistill.teacher import Teacher
 from diffdistill.trainer import Every, Trainer
@@ -293,10 +304,11 @@ def export(
     vae: nn.Module | None = None,
     tolerance: float = TOLERANCE,
     replace: bool = False,
-) -> Report | RoutedReport:
+) -> Report | RoutedReport | RelayReport:
     """Write a run's generator as a stock diffusers pipeline, reopened and compared; what was written.
 
-    Of a run of several students each becomes a pipeline, in a folder that `load_routed` opens.
+    Of a run of several students each becomes a pipeline, in a folder that `load_routed` opens; of a run of experts each
+    becomes a network, in a folder that `load_relay` opens.
 
     Args:
         weights: as for `load`.
@@ -311,6 +323,8 @@ def export(
     if isinstance(loaded, Teacher):
         raise ConfigError(f"{source} is a denoiser's folder, which has no grid to sample on; export a run")
     options = {"dtype": torch.float16 if half else torch.float32, "vae": vae, "tolerance": tolerance}
+    if isinstance(loaded, Relay):
+        return write_relay(loaded, Path(folder), replace=replace, **options)
     if isinstance(loaded, Routed):
         return write_routed(loaded, Path(folder), replace=replace, **options)
     return write_pipeline(_only(loaded, source), Path(folder), replace=replace, **options)
@@ -325,6 +339,17 @@ def load_routed(folder: str | Path, *, device: str = "cpu") -> RoutedPipelines:
         ValueError: no such export is there, or a file of it is damaged.
     """
     return RoutedPipelines(Path(folder), device=device)
+
+
+def load_relay(folder: str | Path, *, device: str = "cpu") -> RelayPipeline:
+    """The stock networks that `export` made of experts, with their scheduler: one call samples through all of them.
+
+    images = load_relay("my-experts")(4, seed=0)
+
+    Raises:
+        ValueError: no such export is there, or a file of it is damaged.
+    """
+    return RelayPipeline(Path(folder), device=device)
 
 
 def join(runs: Sequence[str | Path], output: str | Path) -> Path:

@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backbones": {"backbones", "denoiser", "process", "prediction", "diffusers", "huggingface_hub"},
     "exporting": {
         "exporting",
+        "relay",
         "denoiser",
         "generator",
         "routed",
@@ -135,9 +136,9 @@ def test_the_functions_are_at_hand_and_a_wrong_name_says_which():
     import diffdistill
     from diffdistill import api
 
-    for name in ("check", "couple", "distill", "evaluate", "export", "join", "load", "load_routed", "sample"):
+    for name in ("check", "couple", "distill", "evaluate", "export", "join", "load", "load_relay", "load_routed", "sample"):
         assert getattr(diffdistill, name) is getattr(api, name)
-    with pytest.raises(AttributeError, match="distill, evaluate, export, join, load, load_routed, sample"):
+    with pytest.raises(AttributeError, match="distill, evaluate, export, join, load, load_relay, load_routed, sample"):
         _ = diffdistill.destill
 
 

@@ -3,6 +3,7 @@
 from diffdistill.exporting.card import snippet
 from diffdistill.exporting.compare import Replay
 from diffdistill.exporting.exporters import EXPORTERS
+from diffdistill.exporting.relay import RelayPipeline, RelayReport, write_relay
 from diffdistill.exporting.routed import RoutedPipelines, RoutedReport, write_routed
 from diffdistill.exporting.stock import Refusal, Stock
 from diffdistill.exporting.write import TOLERANCE, Report, write_pipeline
@@ -11,6 +12,8 @@ __all__ = [
     "EXPORTERS",
     "TOLERANCE",
     "Refusal",
+    "RelayPipeline",
+    "RelayReport",
     "Replay",
     "Report",
     "RoutedPipelines",
@@ -18,5 +21,6 @@ __all__ = [
     "Stock",
     "snippet",
     "write_pipeline",
+    "write_relay",
     "write_routed",
 ]
