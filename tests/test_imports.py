@@ -136,7 +136,18 @@ def test_the_functions_are_at_hand_and_a_wrong_name_says_which():
     import diffdistill
     from diffdistill import api
 
-    for name in ("check", "couple", "distill", "evaluate", "export", "join", "load", "load_relay", "load_routed", "sample"):
+    for name in (
+        "check",
+        "couple",
+        "distill",
+        "evaluate",
+        "export",
+        "join",
+        "load",
+        "load_relay",
+        "load_routed",
+        "sample",
+    ):
         assert getattr(diffdistill, name) is getattr(api, name)
     with pytest.raises(AttributeError, match="distill, evaluate, export, join, load, load_relay, load_routed, sample"):
         _ = diffdistill.destill
