@@ -44,7 +44,7 @@ from diffdistill.recipe import flat, load_config, parse, plain, typed
 from diffdistill.relay import Relay
 from diffdistill.routed import Routed
 from diffdistill.teacher import Teacher
-from diffdistill.trainer import Every, Trainer
+from diffdistill.trainer import UNLIMITED, Budget, Every, Trainer
 
 TEACHER_STEPS = 18  # of a teacher's folder, where nothing else is asked for
 SAMPLE_BATCH = 64
@@ -62,6 +62,7 @@ def distill(
     config: Config | Mapping | str | Path,
     overrides: Sequence[str] = (),
     *,
+    budget: Budget = UNLIMITED,
     say: Callable[[str], None] = print,
     wandb_mode: str = "offline",
 ) -> Path:
@@ -70,6 +71,7 @@ def distill(
     Args:
         config: a YAML file, plain data, or a Config.
         overrides: key=value each, for a YAML file.
+        budget: ends the run before its recipe does; the schedules stay as they are, and a later start may go on.
         say: takes a line on what happens, from the first process alone.
         wandb_mode: of the wandb tracker, where `trackers` names it.
     Raises:
@@ -85,10 +87,10 @@ def distill(
         config, accelerate, output=output, schedule=build.schedule(config), hooks=_hooks(config, accelerate.device)
     )
     with run.held(output, writes=trainer.main):
-        return _train(config, trainer, say if trainer.main else lambda line: None, wandb_mode)
+        return _train(config, trainer, budget, say if trainer.main else lambda line: None, wandb_mode)
 
 
-def _train(config: Config, trainer: Trainer, tell: Callable[[str], None], wandb_mode: str) -> Path:
+def _train(config: Config, trainer: Trainer, budget: Budget, tell: Callable[[str], None], wandb_mode: str) -> Path:
     """Go on from what the output holds, to the end; the output."""
     output, accelerate = trainer.output, trainer.accelerator
     found = run.enter(config, writes=trainer.main)
@@ -102,7 +104,7 @@ def _train(config: Config, trainer: Trainer, tell: Callable[[str], None], wandb_
         accelerate.init_trackers("diffdistill", config=scalars, init_kwargs=options)
     try:
         with memory_for("training"):
-            stopped = trainer.run()
+            stopped = trainer.run(budget)
     except OutOfMemory as error:
         held = trial.memory_line(trial.plan_memory(config))
         raise OutOfMemory(f"{error}. Weights, gradients and optimizers hold: {held}") from error
@@ -113,7 +115,8 @@ def _train(config: Config, trainer: Trainer, tell: Callable[[str], None], wandb_
             f"stopped by {signal.Signals(stopped).name} at step {trainer.step} of {config.train.steps}; everything is "
             f"saved in {checkpoint.latest(output)}. Run the same command again to go on",
         )
-    tell(f"step {trainer.step} of {config.train.steps}: {output} is complete")
+    ended = "complete" if trainer.step == config.train.steps else "at the end of its budget"
+    tell(f"step {trainer.step} of {config.train.steps}: {output} is {ended}")
     return output
 
 

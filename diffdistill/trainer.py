@@ -1,6 +1,7 @@
 """Trainer: the one loop, the same for every method."""
 
 import json
+import math
 import os
 import signal
 import threading
@@ -18,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffdistill import checkpoint
+from diffdistill.memory import peak_bytes
 from diffdistill.method import Action, Batch, Method, Term, Update
 from diffdistill.player import Player, only
 from diffdistill.rng import Rng, drawn_from
@@ -41,6 +43,27 @@ class Schedule:
     save_every: int = 1000
     keep_last: int = 2
     keep_every: int = 0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Where a run may end before its recipe does, as if that were its last step; no learning rate follows it.
+
+    Attributes:
+        seconds: of training, over all starts of the run: evaluation, pictures and checkpoints are not counted. The step
+            that passes it is the last one; on CUDA, where the host hears of it later, one of the next two.
+        steps: of the run.
+    """
+
+    seconds: float = math.inf
+    steps: float = math.inf
+
+    def __post_init__(self):
+        if not self.seconds > 0 or not self.steps >= 1:
+            raise ValueError(f"a budget must be positive, got {self.seconds} seconds and {self.steps} steps")
+
+
+UNLIMITED = Budget()
 
 
 @dataclass(frozen=True)
@@ -93,6 +116,8 @@ class Trainer:
         self.method, self.players, self.data, self.accelerator = method, players, data, accelerator
         self.schedule, self.seed, self.output, self.hooks, self.dtype = schedule, seed, Path(output), hooks, dtype
         self.step, self.attempt = 0, 0
+        self.training_seconds = 0.0  # over all starts of the run, without checkpoints and hooks
+        self._clocked = True  # since the first step
         for name, spec in method.averages().items():
             players[spec.player].follow_with(name, list(spec.module.parameters()), spec.decay)
         self._readings = Readings(accelerator)
@@ -103,20 +128,30 @@ class Trainer:
         self._behind = 1 if accelerator.device.type == "cuda" else 0
         self._stop_signal: int | None = None  # that came to this process
         self._stopped: int | None = None  # that all processes have agreed on
-        self._started = time.perf_counter()
+        self._budget, self._spent = UNLIMITED, False  # whether the budget's time is up, as the loop knows
+        self._time_up = False  # and as all processes have agreed
+        self._since: float | None = None  # when the clock was started, while it runs
+        self._peak_bytes = 0
 
     @property
     def main(self) -> bool:
         """Whether this process writes files and shows the bar."""
         return self.accelerator.is_main_process
 
-    def run(self) -> int | None:
-        """Train to the end; the number of the signal that stopped it early, or None.
+    def run(self, budget: Budget = UNLIMITED) -> int | None:
+        """Train to the end, or to the budget's; the number of the signal that stopped it early, or None.
 
         Raises:
             NonFinite: naming step, player and term.
         """
         steps = self.schedule.steps
+        if budget.seconds < math.inf and not self._clocked:
+            raise ValueError(
+                f"{self.output} was begun before the time of training was kept, so it has no budget of time; give one "
+                "of steps, or begin anew in another output"
+            )
+        self._budget = budget
+        self._spent = self._time_up = self.training_seconds >= budget.seconds
         bar = tqdm(
             total=steps, initial=self.step, unit="step", disable=not self.main, dynamic_ncols=True, mininterval=1
         )
@@ -125,16 +160,32 @@ class Trainer:
             while True:
                 self._top(resumed=first and self.step > 0)
                 first = False
-                if self.step >= steps:
+                if self._ended:
                     self._read_flags(behind=0)
                     return None
-                self.one_step()
+                with self._on_the_clock():
+                    self.one_step()
+                    self._read_flags(behind=self._behind)
+                self._spent = self._time_up  # here alone: what is due at the top of the loop is asked several times
                 bar.update()
-                self._read_flags(behind=self._behind)
                 if self._stopped:
                     self._log_if_due()
                     self.save()
                     return self._stopped
+
+    @property
+    def _ended(self) -> bool:
+        return self._spent or self.step >= min(self.schedule.steps, self._budget.steps)
+
+    @contextmanager
+    def _on_the_clock(self):
+        """The time that the block takes counts as training."""
+        self._since = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.training_seconds += time.perf_counter() - self._since
+            self._since = None
 
     def one_step(self) -> None:
         """One pass through the method's plan."""
@@ -166,6 +217,8 @@ class Trainer:
             "step": self.step,
             "attempt": self.attempt,
             "readings": self._readings.state(),
+            "training_seconds": self.training_seconds if self._clocked else None,
+            "peak_bytes": max(self._peak_bytes, peak_bytes(self.accelerator.device)),
             "log_bytes": log_bytes,
         }
         folder = self.output / "checkpoints" / f"step-{self.step:08d}"
@@ -193,13 +246,15 @@ class Trainer:
             os.truncate(self._log_path, state["log_bytes"])
         self.step, self.attempt = state["step"], state["attempt"]
         self._readings.load(state["readings"])
+        seconds = state.get("training_seconds")  # a checkpoint of an earlier version does not say
+        self.training_seconds, self._clocked = seconds or 0.0, seconds is not None
+        self._peak_bytes = state.get("peak_bytes", 0)
 
     def log(self, kind: str, readings: Mapping[str, float]) -> None:
-        """One JSON line, and the same scalars to the trackers."""
+        """One JSON line, with the seconds of training so far, and the same scalars to the trackers."""
         if not self.main:
             return
-        seconds = time.perf_counter() - self._started
-        line = json.dumps({"kind": kind, "step": self.step, **readings, "seconds": round(seconds, 3)})
+        line = json.dumps({"kind": kind, "step": self.step, **readings, "seconds": round(self.training_seconds, 3)})
         try:
             self.output.mkdir(parents=True, exist_ok=True)
             with self._log_path.open("a") as file:
@@ -217,20 +272,24 @@ class Trainer:
 
     def _top(self, *, resumed: bool) -> None:
         """What is due before a step: logs, a checkpoint, then the hooks. Resuming re-enters at the hooks."""
-        steps, schedule = self.schedule.steps, self.schedule
+        every, last = self.schedule.save_every, self.step if self._ended else self.schedule.steps
+        saves = not resumed and self.step and every and (self.step % every == 0 or self.step == last)
+        hooks = [hook for hook in self.hooks if hook.due(self.step, last)]
+        if self._flags and (saves or hooks):
+            with self._on_the_clock():  # for the step that the device still works on, before it does anything else
+                self._read_flags(behind=0)
         if not resumed:
             self._log_if_due()
-            if self.step and schedule.save_every and (self.step % schedule.save_every == 0 or self.step == steps):
-                self.save()
-        for hook in self.hooks:
-            if hook.due(self.step, steps):
-                readings = hook.act(self, self.step)
-                if readings:
-                    self.log("evaluate", readings)
+        if saves:
+            self.save()
+        for hook in hooks:
+            readings = hook.act(self, self.step)
+            if readings:
+                self.log("evaluate", readings)
 
     def _log_if_due(self) -> None:
         every = self.schedule.log_every
-        if self.step and every and (self.step % every == 0 or self.step == self.schedule.steps):
+        if self.step and every and (self.step % every == 0 or self._ended):
             self._read_flags(behind=0)  # flush waits for the device anyway, and a bad number must not reach the log
             self.log("train", self._readings.flush())
 
@@ -296,11 +355,16 @@ class Trainer:
         return Rng(key, slots, device=self.accelerator.device, dtype=self.dtype)
 
     def _post_flags(self, names: list[str], flags: Sequence[Tensor]) -> None:
-        """Send this step's flags towards the host without waiting: one per name, then the signal that came, if any."""
-        signal_number = torch.tensor([float(self._stop_signal or 0)], device=self.accelerator.device)
+        """Send this step's flags towards the host without waiting: one per name, then what this process has to say.
+
+        That is the signal that came, if any, and whether the budget's time is up.
+        """
+        seconds = self.training_seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
+        spent = seconds >= self._budget.seconds
+        said = torch.tensor([float(self._stop_signal or 0), float(spent)], device=self.accelerator.device)
         if self.accelerator.num_processes > 1:
-            torch.distributed.all_reduce(signal_number, op=torch.distributed.ReduceOp.MAX)
-        sent = torch.cat([*flags, signal_number])
+            torch.distributed.all_reduce(said, op=torch.distributed.ReduceOp.MAX)
+        sent = torch.cat([*flags, said])
         event = None
         if sent.is_cuda:
             sent = sent.to("cpu", non_blocking=True)
@@ -309,15 +373,15 @@ class Trainer:
         self._flags.append((self.step, names, sent, event))
 
     def _read_flags(self, *, behind: int) -> None:
-        """Look at the flags of all but the newest `behind` steps, and note the signal that all ranks agree on.
+        """Look at the flags of all but the newest `behind` steps, and note the signal and the end that ranks agree on.
 
-        Whoever reads first, a log line or a checkpoint too, the loop must hear of the signal.
+        Whoever reads first, a log line or a checkpoint too, the loop must hear of both.
         """
         while len(self._flags) > behind:
             step, names, flags, event = self._flags.pop(0)
             if event is not None:
                 event.synchronize()
-            *values, signal_number = flags.tolist()
+            *values, signal_number, spent = flags.tolist()
             bad = [name for name, value in zip(names, values, strict=True) if value]
             if bad:
                 raise NonFinite(
@@ -326,6 +390,7 @@ class Trainer:
                     "begin a new recipe from it, with a lower learning rate for that player or with precision fp32"
                 )
             self._stopped = self._stopped or (int(signal_number) or None)
+            self._time_up = self._time_up or bool(spent)
 
     @contextmanager
     def _signals_noted(self):

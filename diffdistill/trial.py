@@ -1,7 +1,5 @@
 """What a run will need, told before it starts: the plan of memory, and a trial of a few steps."""
 
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -14,6 +12,7 @@ from torch import nn
 from diffdistill import build, networks
 from diffdistill.backbones.folder import META
 from diffdistill.config import Config
+from diffdistill.memory import peak_bytes
 from diffdistill.method import Update
 from diffdistill.methods import METHODS
 from diffdistill.trainer import Every, Trainer
@@ -130,21 +129,10 @@ def trial(config: Config) -> Trial:
     return Trial(
         updates=tuple(_described(item) if isinstance(item, Update) else item.name for item in items),
         step_seconds=(times[-1] - times[1]) / (len(times) - 2),
-        peak_bytes=_peak_bytes(accelerate.device),
+        peak_bytes=peak_bytes(accelerate.device),
         device=str(accelerate.device),
     )
 
 
 def _described(update: Update) -> str:
     return " and ".join(f"{term.player} by {term.name}" for term in update.terms)
-
-
-def _peak_bytes(device: torch.device) -> int:
-    match device.type:
-        case "cuda":
-            return torch.cuda.max_memory_allocated(device)
-        case "mps":
-            return torch.mps.driver_allocated_memory()
-        case _:
-            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            return used if sys.platform == "darwin" else used * 1024  # KiB, but for macOS

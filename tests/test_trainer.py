@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from diffdistill import checkpoint
 from diffdistill.method import Loss, Term, Update
 from diffdistill.player import only
 from diffdistill.rng import Rng, drawn_from
-from diffdistill.trainer import Every, NonFinite, Schedule
+from diffdistill.trainer import Budget, Every, NonFinite, Schedule
 
 SCHEDULE = Schedule(steps=6, batch=4, log_every=2, save_every=0)
 
@@ -234,3 +235,72 @@ def test_a_loss_must_be_one_value_per_sample(tmp_path):
     term = Term("generator", "sum", lambda batch, rng: Loss(parameter.sum()))
     with pytest.raises(ValueError, match=r"term sum of player generator must give one value per sample, 4 here"):
         trainer.update(0, Update((term,)))
+
+
+def test_a_budget_of_steps_ends_a_run_like_its_last_step_and_a_later_start_goes_on_bit_for_bit(tmp_path):
+    schedule = dataclasses.replace(SCHEDULE, save_every=4, log_every=4)
+    hooks = [Every(4, lambda trainer, step: {"steps_seen": float(step)})]
+    whole = make_trainer(CASES["dmd2"], tmp_path / "whole", schedule=schedule)
+    whole.run()
+    short = make_trainer(CASES["dmd2"], tmp_path / "short", schedule=schedule, hooks=hooks)
+    assert short.run(Budget(steps=3)) is None
+    assert [(line["kind"], line["step"]) for line in lines(short.output)] == [
+        ("evaluate", 0),
+        ("train", 3),
+        ("evaluate", 3),
+    ]
+    assert checkpoint.latest(short.output).name == "step-00000003"
+    later = make_trainer(CASES["dmd2"], tmp_path / "short", schedule=schedule, hooks=hooks)
+    later.resume(checkpoint.latest(short.output))
+    later.run(Budget(steps=100))  # beyond the recipe, which ends first
+    ours, theirs = all_tensors(later), all_tensors(whole)
+    assert later.step == 6 and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("behind", [0, 1], ids=["host reads at once", "host reads a step later"])
+def test_a_budget_of_time_counts_the_steps_alone_and_over_all_starts(tmp_path, behind):
+    pause = 0.2
+
+    def rest(trainer, step):
+        time.sleep(pause)
+
+    def start(budget):
+        trainer = make_trainer(CASES["dmd2"], tmp_path, schedule=schedule, hooks=[Every(1, rest)])
+        trainer._behind = behind  # on CUDA it is 1
+        if (found := checkpoint.latest(tmp_path)) is not None:
+            trainer.resume(found)
+        trainer.run(budget)
+        return trainer
+
+    schedule = dataclasses.replace(SCHEDULE, steps=100, save_every=100, log_every=1)
+    first = start(Budget(seconds=1e-9))
+    assert first.step == 1 + behind
+    assert 0 < first.training_seconds < pause  # and there were at least two pauses
+    assert checkpoint.read_state(checkpoint.latest(tmp_path))["training_seconds"] == first.training_seconds
+    again = start(Budget(seconds=first.training_seconds))
+    assert (again.step, again.training_seconds) == (first.step, first.training_seconds)  # there is nothing left to do
+    more = start(Budget(seconds=first.training_seconds + 1e-9))
+    assert more.step == first.step + 1 + behind and more.training_seconds > first.training_seconds
+    logged = [line["seconds"] for line in lines(tmp_path)]
+    assert logged == sorted(logged) and logged[-1] == round(more.training_seconds, 3)
+
+
+def test_a_run_that_did_not_keep_its_time_has_no_budget_of_time(tmp_path):
+    trainer = make_trainer(CASES["denoise"], tmp_path, schedule=dataclasses.replace(SCHEDULE, steps=4, save_every=2))
+    trainer.run(Budget(steps=2))
+    file = checkpoint.latest(tmp_path) / "state.json"
+    state = json.loads(file.read_text())
+    del state["training_seconds"]  # as versions before wrote it
+    file.write_text(json.dumps(state))
+    later = make_trainer(CASES["denoise"], tmp_path, schedule=dataclasses.replace(SCHEDULE, steps=4, save_every=2))
+    later.resume(checkpoint.latest(tmp_path))
+    with pytest.raises(ValueError, match="no budget of time"):
+        later.run(Budget(seconds=9.0))
+    later.run(Budget(steps=4))
+    assert checkpoint.read_state(checkpoint.latest(tmp_path))["training_seconds"] is None
+
+
+@pytest.mark.parametrize("wrong", [{"seconds": 0.0}, {"seconds": float("nan")}, {"steps": 0}])
+def test_an_empty_budget_is_refused(wrong):
+    with pytest.raises(ValueError, match="must be positive"):
+        Budget(**wrong)
