@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffdistill.data.image_set import ImageSet
+from diffdistill.evaluation.diversity import spread
 from diffdistill.evaluation.features import Extractor
 from diffdistill.evaluation.frechet import Moments, frechet_distance, moments
 from diffdistill.evaluation.kid import kernel_distance
@@ -31,12 +32,14 @@ class Reference:
         moments: mean and covariance for the Frechet distance; of the same images, or of a larger set (`with_moments`).
         content_hash: SHA-256 of the images and the extractor's weights, as hex.
         extractor_checksum: the extractor that the features come from.
+        labels: int64 (N,), the class of each image; None for images without classes.
     """
 
     features: Tensor
     moments: Moments
     content_hash: str
     extractor_checksum: str
+    labels: Tensor | None = None
 
     def with_moments(self, values: Moments) -> Reference:
         """The same reference with the moments of another set of real images, such as a full training set.
@@ -72,7 +75,8 @@ def build_reference(data: ImageSet, extractor: Extractor, *, cache: Path) -> Ref
         beside = file.with_suffix(f".{os.getpid()}.partial")
         save_file({"features": features}, str(beside), metadata={"content_hash": content_hash})
         beside.replace(file)  # a reader, or another process that writes the same, sees a whole file or none
-    return Reference(features, moments(features), content_hash, extractor.checksum)
+    labels = data.labels if data.num_classes else None
+    return Reference(features, moments(features), content_hash, extractor.checksum, labels)
 
 
 def _read_cached(file: Path, content_hash: str) -> Tensor:
@@ -113,9 +117,10 @@ def evaluate_images(
         reference: real images, seen through the same extractor.
     Returns:
         frechet_distance, kid, precision, recall (k = 3), density, coverage (k = 5); extractor, num_samples,
-        num_reference (images behind the neighbours and KID), num_moments (images behind the Frechet distance); and
-        class_accuracy, the share of images that the extractor's classifier gives the class asked for, where there are
-        labels and a classifier.
+        num_reference (images behind the neighbours and KID), num_moments (images behind the Frechet distance);
+        diversity, the `spread` within classes as a share of the real images', or of all images where either side has no
+        classes, and left out where there are not more images than classes; and class_accuracy, the share of images that
+        the extractor's classifier gives the class asked for, where there are labels and a classifier.
     Raises:
         ValueError: another extractor made the reference, a pixel is not finite, or a shape is wrong.
     """
@@ -142,6 +147,9 @@ def evaluate_images(
         "num_reference": len(reference.features),
         "num_moments": reference.moments.count,
     }
+    ours, theirs = (None, None) if labels is None or reference.labels is None else (labels.cpu(), reference.labels)
+    if ours is None or len(ours) > len(ours.unique()):
+        report["diversity"] = spread(features, ours) / spread(reference.features, theirs)
     if labels is not None and logits is not None:
         report["class_accuracy"] = (logits.argmax(1) == labels.cpu()).double().mean().item()
     return report
