@@ -1,5 +1,5 @@
-"""The command line: train | sample | couple | evaluate | export | check | join | cluster | methods. The only file that
-reads the environment (an experiment may, by ${oc.env:NAME,default}).
+"""The command line: train | compare | sample | couple | evaluate | export | check | join | cluster | methods. The only
+file that reads the environment (an experiment may, by ${oc.env:NAME,default}).
 
 Exit status: 0 fine; 2 a mistake of the user, told in one line; 1 a run that had to stop; 130 and 143 after Ctrl-C and
 SIGTERM.
@@ -8,6 +8,8 @@ SIGTERM.
 import argparse
 import json
 import os
+import re
+import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -67,7 +69,25 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         commands.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
+    options.line = shlex.join(["diffdistill", *(sys.argv[1:] if arguments is None else arguments)])
     return options
+
+
+def _seconds(text: str) -> float:
+    """The seconds in 90s, 10m or 2h."""
+    found = re.fullmatch(r"(\d+\.?\d*)([smh])", text)
+    if not found or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; write e.g. 90s, 10m or 2h")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def _budget(options: argparse.Namespace):
+    """The budget that the options state, or None."""
+    from diffdistill.trainer import Budget
+
+    given = {"seconds": options.budget, "steps": options.steps}
+    given = {name: value for name, value in given.items() if value is not None}
+    return Budget(**given) if given else None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -102,6 +122,31 @@ def parser() -> argparse.ArgumentParser:
         "diffdistill check configs/fashion/dmd2.yaml --run",
     )
     check.add_argument("--run", action="store_true", help="also build everything, and try every update of a few steps")
+    compare = command(
+        "compare",
+        _compare,
+        "Train recipes under one clock, or take finished runs; measure all alike; write one page of HTML.",
+        "diffdistill compare configs/fashion/dmd2.yaml configs/fashion/sid.yaml --budget 10m --out runs/compare "
+        "--features checkpoints/fashion-features",
+        "diffdistill compare runs/dmd2 runs/sid --out runs/compare data.name=fashion_mnist "
+        "--features checkpoints/fashion-features",
+    )
+    compare.add_argument(
+        "sources", nargs="+", metavar="CONFIG|RUN", help="YAML files, which are trained, and folders of runs"
+    )
+    compare.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="index.html, results.json, and the runs"
+    )
+    for part in (train, compare):
+        limit = part.add_mutually_exclusive_group()
+        limit.add_argument("--budget", type=_seconds, metavar="TIME", help="of training alone, e.g. 10m, then leave")
+        limit.add_argument("--steps", type=int, help="leave after so many updates; train.steps stays as it is")
+    compare.add_argument("--features", default="", metavar="FOLDER", help="the feature extractor's")
+    compare.add_argument("--samples", type=int, default=2000, help="measured per row (%(default)s)")
+    compare.add_argument("--seed", type=int, default=1000, help="of the samples' noises (%(default)s)")
+    compare.add_argument("--teacher-steps", type=int, default=0, help="of the teacher's row; its best if it is known")
+    compare.add_argument("--device", default="cpu", choices=("cpu", "cuda", "mps"), help="to measure on")
+    compare.set_defaults(overrides=[])
     for part in (train, check):
         part.add_argument("config", type=Path, help="a YAML file; configs/ holds examples")
         part.add_argument("overrides", nargs="*", metavar="key=value", help="replaces what the file says")
@@ -196,8 +241,30 @@ def parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace) -> None:
     from diffdistill.api import distill
+    from diffdistill.trainer import UNLIMITED
 
-    distill(options.config, options.overrides, wandb_mode=os.environ.get("WANDB_MODE", "offline"))
+    budget = _budget(options) or UNLIMITED
+    distill(options.config, options.overrides, budget=budget, wandb_mode=os.environ.get("WANDB_MODE", "offline"))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from diffdistill.comparing import Measure, compare
+
+    overrides = [word for word in options.sources if "=" in word]
+    compare(
+        [Path(word) for word in options.sources if "=" not in word],
+        [*overrides, *options.overrides],
+        output=options.out,
+        budget=_budget(options),
+        measure=Measure(
+            features=options.features,
+            samples=options.samples,
+            seed=options.seed,
+            teacher_steps=options.teacher_steps,
+            device=options.device,
+        ),
+        command=options.line,
+    )
 
 
 def _check(options: argparse.Namespace) -> None:

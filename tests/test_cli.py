@@ -155,7 +155,9 @@ def test_methods_are_listed_with_reference_and_needs(capsys):
     assert "needs a teacher; reads conditions, and images where the GAN term is on; trains generator, critic" in out
 
 
-@pytest.mark.parametrize("name", ["train", "check", "sample", "evaluate", "export", "join", "cluster", "methods"])
+@pytest.mark.parametrize(
+    "name", ["train", "check", "compare", "sample", "evaluate", "export", "join", "cluster", "methods"]
+)
 def test_every_command_has_help_with_an_example(name, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([name, "--help"])

@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": NETWORKS | {"method", "methods", "divergences", "routed", "shares"},
     "player": {"method", "rng"},
     "checkpoint": {"player", "method"},
-    "trainer": {"checkpoint", "player", "method", "rng", "accelerate", "tqdm"},
+    "trainer": {"checkpoint", "memory", "player", "method", "rng", "accelerate", "tqdm"},
     "config": {"denoiser", "generator", "player", "prediction", "shares", "times"},
     "recipe": {"config", "method", "methods", "omegaconf", "yaml"},
     "memory": set(),
@@ -61,10 +61,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run": {"__init__", "checkpoint", "config", "recipe"},
     "joining": {"checkpoint", "config", "methods", "run"},
     "hooks": {"config", "evaluation", "trainer"},
-    "trial": {"backbones", "build", "config", "method", "methods", "networks", "trainer"},
+    "trial": {"backbones", "build", "config", "memory", "method", "methods", "networks", "trainer"},
     "build": {"*", "accelerate"},
     "api": {"*"},
-    "cli": {"api", "hooks", "kmeans", "memory", "methods", "recipe", "trainer"},
+    "pages": {"pages"},
+    "comparing": {"*"},
+    "cli": {"api", "comparing", "hooks", "kmeans", "memory", "methods", "recipe", "trainer"},
     "demo": {"api", "cli", "config", "data", "evaluation", "generator", "recipe"},
 }
 ANYWHERE = {"torch", "numpy", "PIL", "safetensors", *sys.stdlib_module_names}
