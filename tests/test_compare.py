@@ -254,7 +254,7 @@ def test_the_log_of_an_earlier_version_gives_the_time_of_an_update_by_its_median
     folder = tmp_path / "checkpoints" / "step-00000040"
     folder.mkdir(parents=True)
     (folder / "state.json").write_text(json.dumps({"step": 40, "files": {}}))
-    times = [(10, 5.0), (20, 10.0), (30, 97.0), (40, 3.0), (50, 8.0)]  # a pause, a new start, and a lost step
+    times = [(10, 5.0), (20, 10.0), (25, 97.0), (30, 3.0), (40, 9.0), (50, 14.0)]  # a pause, a new start, a lost step
     lines = [
         {"kind": "train", "step": step, "critic/fit": 1.0, "critic/gradient_norm": 2.0, "seconds": at}
         for step, at in times
@@ -262,8 +262,10 @@ def test_the_log_of_an_earlier_version_gives_the_time_of_an_update_by_its_median
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
     found = history(tmp_path)
     assert not found["clocked"] and found["peak_bytes"] is None
-    assert found["seconds_per_update"] == (0.5 + 8.7) / 2  # of the two intervals that tell
-    assert found["losses"] == {"critic/fit": [[step * 4.6, 1.0] for step in (10, 20, 30, 40)]}
+    assert found["seconds_per_update"] == pytest.approx(0.6)  # of 0.5, 17.4 and 0.6; 50 is beyond the checkpoint
+    assert found["losses"] == {
+        "critic/fit": [[step * found["seconds_per_update"], 1.0] for step in (10, 20, 25, 30, 40)]
+    }
 
 
 def test_evaluations_are_counted_with_both_branches_of_guidance():
