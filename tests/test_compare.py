@@ -205,7 +205,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_written(chain, tm
     assert "would both be called one" in answer(one, other(chain, tmp_path, name="one"))
     assert "there is no configuration at" in answer(one, tmp_path / "nowhere.yaml")
     assert "holds no run" in answer(one, tmp_path)
-    assert "is unknown (did you mean dmd2?)" in answer(one, other(chain, tmp_path, method={"name": "dmd3"}))
+    assert "is unknown (did you mean sim?)" in answer(one, other(chain, tmp_path, method={"name": "simm"}))
     assert "method needs" not in answer(one, other(chain, tmp_path, players={"generator": {"learning_rate": 0.1}}))
     assert "players must have exactly" in answer(other(chain, tmp_path, players={"generator": {"learning_rate": 0.1}}))
     assert "has no teacher" in answer(one, chain / "teacher")
