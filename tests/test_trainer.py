@@ -258,11 +258,18 @@ def test_a_budget_of_steps_ends_a_run_like_its_last_step_and_a_later_start_goes_
 
 
 @pytest.mark.parametrize("behind", [0, 1], ids=["host reads at once", "host reads a step later"])
-def test_a_budget_of_time_counts_the_steps_alone_and_over_all_starts(tmp_path, behind):
-    pause = 0.2
+def test_a_budget_of_time_counts_the_steps_alone_and_over_all_starts(tmp_path, behind, monkeypatch):
+    """On a clock of our own, that goes on by a millisecond at each look, and by far more in a hook."""
+    pause, now = 1000.0, [0.0]
+
+    def look() -> float:
+        now[0] += 1e-3
+        return now[0]
 
     def rest(trainer, step):
-        time.sleep(pause)
+        now[0] += pause
+
+    monkeypatch.setattr(time, "perf_counter", look)
 
     def start(budget):
         trainer = make_trainer(CASES["dmd2"], tmp_path, schedule=schedule, hooks=[Every(1, rest)])
