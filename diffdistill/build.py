@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from diffdistill import networks
 from diffdistill.backbones.folder import MEANING, META
 from diffdistill.config import Config, ConfigError, CriticConfig, DataConfig, HalfLifeConfig, PlayerConfig
-from diffdistill.critic import Critic, DiscriminatorHead
+from diffdistill.critic import Critic, Discriminator, DiscriminatorHead
 from diffdistill.data import Images, Labels, SomeLabels, Stream, Streams, refuse_unfit
 from diffdistill.data.fashion_mnist import Split, load_fashion_mnist
 from diffdistill.data.folder import load_images
@@ -70,7 +70,20 @@ def method(config: Config, device: torch.device) -> Method:
                 head = DiscriminatorHead(shapes).to(device, dtype)
             return Critic(own, head=head, taps=config.critic.taps, trunk=trunk)
 
-    chosen = kind(config.method, Networks(new_generator, new_critic, frozen))
+    def new_discriminator() -> Discriminator:
+        if config.critic.trunk != "teacher":
+            raise ConfigError(
+                f"critic.trunk={config.critic.trunk}, but method {config.method_name} has no critic, and its heads "
+                "read the teacher; set critic.trunk=teacher"
+            )
+        with memory_for("the discriminator's weights"), torch.random.fork_rng():
+            shapes = networks.feature_shapes(frozen.denoiser, config.critic.taps)
+            torch.manual_seed(config.seed)
+            heads = [DiscriminatorHead([shape]).to(device, dtype) for shape in shapes]
+        return Discriminator(heads, taps=config.critic.taps, trunk=frozen.denoiser)
+
+    saved = functools.partial(networks.node, config)
+    chosen = kind(config.method, Networks(new_generator, new_critic, frozen, new_discriminator, saved))
     if device != META:
         networks.start_parts(config, chosen.generator)
     return chosen
@@ -147,6 +160,8 @@ def _first_forward(module: torch.nn.Module) -> None:
         case Critic():
             module.denoiser(*networks.blank_batch(module.denoiser))
             module.logits(*networks.blank_batch(module.denoiser))
+        case Discriminator():
+            module(*networks.blank_batch(module.trunk))
 
 
 def player(spec: PlayerSpec, config: PlayerConfig, steps: int, accelerator: Accelerator, *, sharded: bool) -> Player:

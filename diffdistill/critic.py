@@ -1,4 +1,5 @@
-"""Critic: a trainable denoiser that learns the score of the generator's samples, and may tell them from real data."""
+"""Critic: a trainable denoiser that learns the score of the generator's samples, and may tell them from real data.
+Discriminator: what tells them apart without learning a score."""
 
 from collections.abc import Sequence
 
@@ -100,3 +101,33 @@ class Critic(nn.Module):
             raise ValueError("this critic has no discriminator head; give it one, or turn the GAN term off")
         trunk = self._foreign_trunk[0] if self._foreign_trunk else self.denoiser
         return self.head(trunk.features(x_t, t, cond, taps=self.taps))
+
+
+class Discriminator(nn.Module):
+    """Trainable heads on the features of a frozen denoiser, and nothing else.
+
+    Args:
+        heads: one for each tap, from a list of one feature to logits (N,).
+        taps: names of the trunk's submodules whose outputs the heads read.
+        trunk: the frozen denoiser, of which no copy is made.
+    """
+
+    def __init__(self, heads: Sequence[nn.Module], *, taps: Sequence[str], trunk: Denoiser):
+        super().__init__()
+        self.heads, self.taps = nn.ModuleList(heads), tuple(taps)
+        self._trunk = (trunk,)  # in a tuple: not a submodule, not trained, not saved
+        if len(self.heads) != len(self.taps):
+            raise ValueError(f"each of the {len(self.taps)} taps needs a head of its own, got {len(self.heads)}")
+
+    @property
+    def trunk(self) -> Denoiser:
+        return self._trunk[0]
+
+    @property
+    def process(self) -> Process:
+        return self.trunk.process
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Condition | None = None) -> Tensor:
+        """Logits (N, heads) of x_t being noised real data; attached to x_t."""
+        features = self.trunk.features(x_t, t, cond, taps=self.taps)
+        return torch.stack([head([feature]) for head, feature in zip(self.heads, features, strict=True)], dim=1)

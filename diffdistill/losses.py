@@ -76,6 +76,24 @@ def pair_distance(made: Tensor, target: Tensor, *, huber: float | None) -> Tenso
     return square if huber is None else (square + huber**2).sqrt() - huber
 
 
+def hinge_generator(logits_fake: Tensor) -> Tensor:
+    """-D(fake), the generator's side of the hinge loss (Lim and Ye 2017)."""
+    return -full(logits_fake)
+
+
+def hinge_discriminator(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """max(0, 1 - D(real)) + max(0, 1 + D(fake)): logits beyond 1 on the right side are left alone."""
+    return F.relu(1 - full(logits_real)) + F.relu(1 + full(logits_fake))
+
+
+def approximate_r1(logits: Tensor, logits_near: Tensor) -> Tensor:
+    """(D(x) - D(x + sigma n))^2, which is about sigma^2 |grad D|^2 in the mean over standard normal n.
+
+    Source: Lin et al. 2025 (APT), the R1 penalty of Mescheder et al. 2018 without a second derivative.
+    """
+    return (full(logits) - full(logits_near)).square()
+
+
 def identity_distillation(x: Tensor, x0_real: Tensor, x0_fake: Tensor, *, alpha: float | Tensor) -> Tensor:
     """SiD's mean of d (mu_real - x - alpha d), d = mu_real - mu_fake, over each sample.
 

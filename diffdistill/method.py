@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from diffdistill.critic import Critic
-from diffdistill.denoiser import Condition
+from diffdistill.critic import Critic, Discriminator
+from diffdistill.denoiser import Condition, Denoiser
 from diffdistill.generator import Generator, Sampler
 from diffdistill.rng import Rng
 from diffdistill.teacher import Teacher
@@ -85,12 +85,32 @@ class AverageSpec:
 
 
 @dataclass(frozen=True)
+class Weights:
+    """The weights of a denoiser that another run saved, read and checked only when they are asked for.
+
+    name: what they are, for errors.
+    checksum: of the file; files that differ in it hold different weights.
+    fill: copies them into a denoiser of the same kind, exactly.
+    """
+
+    name: str
+    checksum: str
+    fill: Callable[[Denoiser], None]
+
+
+@dataclass(frozen=True)
 class Networks:
-    """What a method builds itself from. Each call of a factory gives a network of its own."""
+    """What a method builds itself from. Each call of a factory gives a network of its own.
+
+    new_discriminator: heads on the teacher's features.
+    node: the weights that a `degrade` run, given by its folder, saved at a step.
+    """
 
     new_generator: Callable[[], Generator]
     new_critic: Callable[[], Critic]
     teacher: Teacher | None = None
+    new_discriminator: Callable[[], Discriminator] | None = None
+    node: Callable[[str, int], Weights] | None = None
 
 
 class MethodConfig:
@@ -162,6 +182,10 @@ class Method(ABC):
 
     def averages(self) -> Mapping[str, AverageSpec]:
         """Averaged networks that a loss reads; none unless a method says so."""
+        return {}
+
+    def frozen(self) -> Mapping[str, nn.Module]:
+        """Networks that it keeps in memory, by role, beside the teacher and what is trained; none unless it says so."""
         return {}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from diffdistill import checkpoint
+from diffdistill import checkpoint, run
 from diffdistill.backbones.diffusers import DiffusersBackbone
 from diffdistill.backbones.folder import (
     MEANING,
@@ -34,6 +34,7 @@ from diffdistill.denoiser import Backbone, Denoiser
 from diffdistill.evaluation.sampling import evaluating
 from diffdistill.generator import GENERATOR, Generator, Sampler
 from diffdistill.memory import memory_for
+from diffdistill.method import Weights
 from diffdistill.process import VE, VP, Process, Rectified, Trig
 from diffdistill.recipe import plain, typed
 from diffdistill.solvers import at
@@ -219,6 +220,42 @@ def refuse_unguidable(model: Denoiser, guidance: float, path: str | Path) -> Non
             f"teacher.guidance={guidance} needs a teacher with classes, and {path} has none; leave guidance out"
         )
     model.backbone.null({name: torch.zeros(1, dtype=torch.long) for name in model.backbone.condition_names})
+
+
+def node(config: Config, degraded: str, step: int) -> Weights:
+    """What the `degrade` run in the folder `degraded` saved at a step, for a run that backtracks.
+
+    Raises:
+        ConfigError: it is no such run, or had another teacher or generator, or no checkpoint is left of that step.
+    """
+    folder = Path(degraded)
+    theirs = run.read_config(folder)
+    if theirs.method_name != "degrade":
+        raise ConfigError(f"{folder} is a run of {theirs.method_name}; give the output of a run of degrade")
+    unguided = dataclasses.replace(config.teacher, guidance=1.0)
+    for key, ours, other in (("teacher", unguided, theirs.teacher), ("generator", config.generator, theirs.generator)):
+        if ours != other:
+            raise ConfigError(
+                f"{folder} degraded towards another generator: its {key} is {plain(other)}, and here {plain(ours)}; "
+                "run degrade again for this one"
+            )
+    if config.generator.network is not None and config.seed != theirs.seed:
+        raise ConfigError(
+            f"seed={config.seed} makes another generator.network than the one that {folder} degraded towards, with "
+            f"seed={theirs.seed}; use one seed for both"
+        )
+    found = {int(path.name.removeprefix("step-")): path for path in checkpoint.checkpoints(folder)}
+    if step not in found:
+        raise ConfigError(
+            f"{folder} has no checkpoint of step {step}; it has those of {', '.join(map(str, found)) or 'none'}. "
+            "train.save_every and train.keep_every of degrade say which are kept"
+        )
+    file = "generator.weights.safetensors"
+    return Weights(
+        str(found[step]),
+        checkpoint.read_state(found[step])["files"][file],
+        lambda model: checkpoint.initialise(dict(model.named_parameters()), found[step], player="generator"),
+    )
 
 
 def refuse_unfit_network(model: Denoiser, role: str) -> None:

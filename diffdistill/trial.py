@@ -50,6 +50,7 @@ def plan_memory(config: Config) -> list[Role]:
     build.player_settings(config, chosen.players())
     if METHODS[config.method_name].needs_teacher:
         roles.append(_role("teacher", list(networks.teacher(config, META).denoiser.parameters())))
+    roles += [_role(name, list(module.parameters())) for name, module in chosen.frozen().items()]
     for name, spec in chosen.players().items():
         averages = len(config.averages) if name in chosen.generator.parts else 0
         averages += sum(average.player == name for average in chosen.averages().values())

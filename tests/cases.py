@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from diffdistill.backbones.diffusers import DiffusersBackbone
 from diffdistill.backbones.mlp import MLP
-from diffdistill.critic import Critic, DiscriminatorHead
+from diffdistill.critic import Critic, Discriminator, DiscriminatorHead
 from diffdistill.data import SomeLabels, Stream, Streams
 from diffdistill.data.pairs import Pairs
 from diffdistill.denoiser import Denoiser
 from diffdistill.generator import Generator
-from diffdistill.method import Method, Networks, PlayerSpec, Sample, Source
+from diffdistill.method import Method, Networks, PlayerSpec, Sample, Source, Weights
 from diffdistill.methods import METHODS
 from diffdistill.methods.dmd import DMD
 from diffdistill.methods.dmd2 import DMD2
@@ -103,8 +103,18 @@ class Case:
                 trunk=trunk if head else None,
             ),
             teacher if kind.needs_teacher else None,
+            lambda: self._discriminator(teacher.denoiser, dtype),
+            random_weights,
         )
         return kind(kind.Config(**self.options), networks)
+
+    def _discriminator(self, trunk: Denoiser, dtype: torch.dtype) -> Discriminator:
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            heads = [DiscriminatorHead([(16,)]).to(dtype) for _ in self.taps]  # the width of `mlp`
+            for head in heads:  # within the hinge some of both, not as many: then a last bias has no gradient at all
+                nn.init.normal_(head.heads[0][-1].weight, std=5.0)
+        return Discriminator(heads, taps=self.taps, trunk=trunk)
 
     def _denoiser(self, dtype: torch.dtype) -> Denoiser:
         backbone = self.backbone()
@@ -127,9 +137,26 @@ class Case:
         return Streams({name: stream(source) for name, source in sources.items()})
 
 
+def random_weights(run: str, step: int) -> Weights:
+    """As if a run had saved them: a function of the step alone."""
+
+    def fill(denoiser: Denoiser) -> None:
+        generator = torch.Generator().manual_seed(step)
+        for parameter in denoiser.parameters():
+            parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+
+    return Weights(f"{run}/step-{step}", f"checksum {step}", fill)
+
+
 CASES: dict[str, Case] = {
+    "degrade": Case("degrade", {}, guidance=1.0),
     "denoise": Case("denoise", {}),
     "diff_instruct": Case("diff_instruct", {}, grid=(20.0,)),
+    "disback": Case(
+        "disback",
+        {"inside": DMD2.Config(ratio=2), "degraded": "run", "nodes": (1, 2, 3), "steps_per_node": 3},
+        grid=(20.0,),
+    ),
     "dmd": Case("dmd", {}, grid=(20.0,)),
     "dmd2": Case("dmd2", {"ratio": 2}),
     "dmd2-alternating-gan": Case(
@@ -139,6 +166,20 @@ CASES: dict[str, Case] = {
         "dmd2", {"ratio": 1, "gan_weight": 0.1, "gan_critic_weight": 0.1}, grid=(20.0,), trunk="teacher"
     ),
     "f_distill": Case("f_distill", {"ratio": 1}, grid=(20.0,)),
+    "ladd": Case("ladd", {}, guidance=1.0),
+    "ladd-softplus-simulated": Case(
+        "ladd",
+        {
+            "loss": "softplus",
+            "same_noise": True,
+            "discriminator_updates": 2,
+            "inputs": "simulated",
+            "step_probabilities": (0.25, 0.75),
+            "first_probabilities": (1.0, 0.0),
+            "first_steps": 2,
+        },
+        guidance=1.0,
+    ),
     "multi_student": Case(
         "multi_student", {"students": 2, "inside": DMD2.Config(ratio=2, gan_weight=0.1, gan_critic_weight=0.1)}
     ),

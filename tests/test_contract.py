@@ -141,6 +141,9 @@ def updates_until_bad(trainer) -> dict[str, torch.Tensor]:
     """All tensors just before the first update that is not finite."""
     while True:
         for index, item in enumerate(trainer.method.plan(trainer.step)):
+            if isinstance(item, Action):
+                item.act({name: player.spec for name, player in trainer.players.items()})
+                continue
             before = all_tensors(trainer)
             _, flags = trainer.update(index, item)
             if flags.any():

@@ -57,7 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "rng",
         "diffusers",
     },
-    "networks": NETWORKS | {"backbones", "checkpoint", "config", "evaluation", "memory", "recipe"},
+    "networks": NETWORKS | {"backbones", "checkpoint", "config", "evaluation", "memory", "method", "recipe", "run"},
     "run": {"__init__", "checkpoint", "config", "recipe"},
     "joining": {"checkpoint", "config", "methods", "run"},
     "hooks": {"config", "evaluation", "trainer"},

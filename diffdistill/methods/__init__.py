@@ -1,11 +1,14 @@
 """Every method, one file each."""
 
 from diffdistill.method import Method
+from diffdistill.methods.degrade import Degrade
 from diffdistill.methods.denoise import Denoise
 from diffdistill.methods.diff_instruct import DiffInstruct
+from diffdistill.methods.disback import DisBack
 from diffdistill.methods.dmd import DMD
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.methods.f_distill import FDistill
+from diffdistill.methods.ladd import LADD
 from diffdistill.methods.multi_student import MultiStudent
 from diffdistill.methods.phased_dmd import PhasedDMD
 from diffdistill.methods.score_matching import ScoreMatching
@@ -14,11 +17,14 @@ from diffdistill.methods.sim import SIM
 from diffdistill.methods.uni_instruct import UniInstruct
 
 METHODS: dict[str, type[Method]] = {
+    "degrade": Degrade,
     "denoise": Denoise,
     "diff_instruct": DiffInstruct,
+    "disback": DisBack,
     "dmd": DMD,
     "dmd2": DMD2,
     "f_distill": FDistill,
+    "ladd": LADD,
     "multi_student": MultiStudent,
     "phased_dmd": PhasedDMD,
     "score_matching": ScoreMatching,
