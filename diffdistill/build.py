@@ -82,7 +82,7 @@ def method(config: Config, device: torch.device) -> Method:
             heads = [DiscriminatorHead([shape]).to(device, dtype) for shape in shapes]
         return Discriminator(heads, taps=config.critic.taps, trunk=frozen.denoiser)
 
-    saved = functools.partial(networks.node, config)
+    saved = functools.partial(networks.node, config, device)
     chosen = kind(config.method, Networks(new_generator, new_critic, frozen, new_discriminator, saved))
     if device != META:
         networks.start_parts(config, chosen.generator)

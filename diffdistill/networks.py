@@ -222,11 +222,14 @@ def refuse_unguidable(model: Denoiser, guidance: float, path: str | Path) -> Non
     model.backbone.null({name: torch.zeros(1, dtype=torch.long) for name in model.backbone.condition_names})
 
 
-def node(config: Config, degraded: str, step: int) -> Weights:
+def node(config: Config, device: torch.device, degraded: str, step: int) -> Weights:
     """What the `degrade` run in the folder `degraded` saved at a step, for a run that backtracks.
 
+    Args:
+        device: on META the weights are not read.
     Raises:
         ConfigError: it is no such run, or had another teacher or generator, or no checkpoint is left of that step.
+        CheckpointError: the checkpoint is damaged.
     """
     folder = Path(degraded)
     theirs = run.read_config(folder)
@@ -250,10 +253,12 @@ def node(config: Config, degraded: str, step: int) -> Weights:
             f"{folder} has no checkpoint of step {step}; it has those of {', '.join(map(str, found)) or 'none'}. "
             "train.save_every and train.keep_every of degrade say which are kept"
         )
-    file = "generator.weights.safetensors"
+    file, state = "generator.weights.safetensors", checkpoint.read_state(found[step])
+    if torch.device(device) != META:
+        checkpoint.read_tensors(found[step], file, state)  # so that damage is found now, and not thousands of steps on
     return Weights(
         str(found[step]),
-        checkpoint.read_state(found[step])["files"][file],
+        state["files"][file],
         lambda model: checkpoint.initialise(dict(model.named_parameters()), found[step], player="generator"),
     )
 

@@ -15,7 +15,7 @@ from diffdistill.denoiser import Denoiser
 from diffdistill.evaluation.sampling import Solved
 from diffdistill.generator import Generator, Sampler
 from diffdistill.losses import denoising, inject
-from diffdistill.method import Networks, Sample
+from diffdistill.method import Action, Method, Networks, Sample
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.prediction import Prediction
 from diffdistill.process import VE, VP, Rectified
@@ -481,10 +481,7 @@ def ends_of_the_ode(teacher: Teacher, count: int) -> Pairs:
 
 
 def distilled(start, grid, *, steps, kind=DMD2, step_rule="renoise", phases=1, **config) -> Sampler:
-    """A small generator, or several, distilled from the exact teacher; the average over the last steps of each.
-
-    The learning rate falls towards the end of each of so many phases of equal length.
-    """
+    """A small generator, or several, distilled from the exact teacher; the average over the last steps of each."""
 
     def new_critic():
         if not kind.discriminates(kind.Config(**config)):
@@ -495,36 +492,50 @@ def distilled(start, grid, *, steps, kind=DMD2, step_rule="renoise", phases=1, *
     teacher = Teacher(denoiser(CORNERS, start.process))
     networks = Networks(lambda: Generator(copy.deepcopy(start), grid, step_rule=step_rule), new_critic, teacher)
     method = kind(kind.Config(**config), networks)
+    train(method, steps, phases=phases)
+    return method.generator
+
+
+def train(method: Method, steps: int, *, batch: int = BATCH, phases: int = 1, **rates: float) -> None:
+    """Run the method's plan on samples of the law, and leave the average over its last steps in each generator.
+
+    Args:
+        phases: of equal length, towards the end of each of which the learning rate falls.
+        rates: learning rates of players, where they are not 2e-3.
+    """
     players = {name: list(spec.parameters.values()) for name, spec in method.players().items()}
     optimizers = {
         name: torch.optim.AdamW(parameters, lr=2e-3, betas=(0.0, 0.999), weight_decay=0.0, foreach=True)
         for name, parameters in players.items()
     }
     real = CORNERS.sample(20_000, seed=5).float()
-    pairs = ends_of_the_ode(teacher, 4000 if "pairs" in method.streams() else 1)
+    pairs = ends_of_the_ode(method.teacher, 4000 if "pairs" in method.streams() else 1)
     averages = {name: [p.detach().clone() for p in players[name]] for name in method.generator.parts}
     length = steps // phases
     for step in range(steps):
-        since = step % length
+        since, stepped = step % length, set()
         for index, update in enumerate(method.plan(step)):
-            draws = Batched((step, index, 0), range(BATCH))
+            if isinstance(update, Action):
+                update.act(method.players())
+                continue
+            draws = Batched((step, index, 0), range(batch))
             data = {"conditions": Sample(), "images": Sample(x0=real[draws.integers(len(real))])}
             data["pairs"] = pairs.draw(draws)
             for number, term in enumerate(update.terms):
                 for name, parameters in players.items():
                     for parameter in parameters:
                         parameter.requires_grad_(name == term.player)
-                term.loss(data, Batched((step, index, 1 + number), range(BATCH))).value.mean().backward()
+                term.loss(data, Batched((step, index, 1 + number), range(batch))).value.mean().backward()
             for name in update.players:
-                optimizers[name].param_groups[0]["lr"] = 2e-3 * min(1, 2 - 2 * since / length)
+                optimizers[name].param_groups[0]["lr"] = rates.get(name, 2e-3) * min(1, 2 - 2 * since / length)
                 optimizers[name].step()
                 optimizers[name].zero_grad()
-        for name in averages.keys() & {player for update in method.plan(step) for player in update.players}:
+                stepped.add(name)
+        for name in averages.keys() & stepped:
             torch._foreach_lerp_(averages[name], [p.detach() for p in players[name]], 0.02 if since > 100 else 0.5)
     for name, average in averages.items():
         for parameter, mean in zip(players[name], average, strict=True):
             parameter.data.copy_(mean)
-    return method.generator
 
 
 @pytest.mark.parametrize(
