@@ -110,7 +110,7 @@ MISTAKES = {
     "generator.grid=[]": "generator.grid must be strictly decreasing",
     "generator.grid=[2.0, 0.0]": r"generator.grid must lie in \(0, t_max\]",
     "generator.grid={steps: 0}": "generator.grid.steps must be positive, got 0",
-    "method.name=denois": r"method.name='denois' is unknown \(did you mean denoise\?\); known are denoise, .*dmd2",
+    "method.name=denois": r"method.name='denois' is unknown \(did you mean denoise\?\); known are .*denoise, .*dmd2",
     "generator.denoiser.process.name=ev": r"process.name='ev' is unknown; known are vp, ve, rectified, trig",
     "method.times.name=lognormal": r"method.times.name='lognormal' is unknown \(did you mean log_normal\?\)",
     "averages.fast.name=ema": "averages.fast.name='ema' is unknown; known are constant, half_life, power",
