@@ -69,7 +69,7 @@ class DisBack(Method):
 
     reference = "Zhang et al. 2024, arXiv:2408.15991"
     needs_teacher = True
-    reads = "what the method inside does: conditions, and images where its GAN term is on"
+    reads = "what the method inside does: conditions, and images or pairs where its terms need them"
     trains = "generator, critic"
 
     def __init__(self, config: Config, networks: Networks):
