@@ -19,6 +19,7 @@ from diffdistill.method import (
     MethodConfig,
     Networks,
     PlayerSpec,
+    Source,
     Update,
     Weights,
     method_of,
@@ -70,7 +71,7 @@ class DisBack(Method):
     reference = "Zhang et al. 2024, arXiv:2408.15991"
     needs_teacher = True
     reads = "what the method inside does: conditions, and images or pairs where its terms need them"
-    trains = "generator, critic"
+    trains = "what the method inside trains: generator, critic"
 
     def __init__(self, config: Config, networks: Networks):
         self.config, self.teacher = config, networks.teacher
@@ -95,6 +96,9 @@ class DisBack(Method):
             within = dataclasses.replace(networks, new_critic=new_critic, teacher=target)
         self.inside: ScoreMethod = method_of(config.inside)(config.inside, within)
         self.generator, self.critic = self.inside.generator, self.inside.critic
+
+    def source(self, stream: str) -> Source:
+        return self.inside.source(stream)
 
     def players(self) -> Mapping[str, PlayerSpec]:
         return self.inside.players()
