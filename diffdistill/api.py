@@ -218,6 +218,7 @@ def couple(
         ConfigError, ValueError: nothing to sample there, or the folder holds other pairs.
     """
     source, folder = Path(source), Path(folder)
+    state = build.processes(device)  # first: it gives each process a GPU of its own
     loaded = load(source, weights=weights, device=device)
     if isinstance(loaded, Teacher) or steps:
         denoiser = (loaded if isinstance(loaded, Teacher) else _only(loaded, source)).denoiser
@@ -232,13 +233,15 @@ def couple(
         found = loaded
     recipe = coupling.recipe_of(found, count=count, seed=seed, shard=shard)
     coupling.refuse_another(folder, recipe)
-    state = build.processes(device)
+    state.wait_for_everyone()  # until all have looked, no process may write
     with run.held(folder, writes=state.is_main_process):
         if state.is_main_process:
             coupling.begin(recipe, folder)
         state.wait_for_everyone()
-        numbers = range(state.process_index, recipe.num_shards, state.num_processes)
-        coupling.make_pairs(found, recipe, folder, batch=batch, numbers=numbers, bar=state.is_main_process)
+        numbers = coupling.missing(recipe, folder)
+        state.wait_for_everyone()  # until all have seen the same files, no process may make another
+        own = numbers[state.process_index :: state.num_processes]
+        coupling.make_pairs(found, recipe, folder, batch=batch, numbers=own, bar=state.is_main_process)
         state.wait_for_everyone()
     return folder
 

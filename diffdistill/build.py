@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from diffdistill import networks
 from diffdistill.backbones.folder import MEANING, META
 from diffdistill.config import Config, ConfigError, CriticConfig, DataConfig, HalfLifeConfig, PlayerConfig
+from diffdistill.coupling import meaning_of
 from diffdistill.critic import Critic, Discriminator, DiscriminatorHead
 from diffdistill.data import Images, Labels, SomeLabels, Stream, Streams, refuse_unfit
 from diffdistill.data.fashion_mnist import Split, load_fashion_mnist
@@ -250,7 +251,7 @@ def pair_stream(config: Config, chosen: Method, device: torch.device) -> Stream:
         )
     recipe, found = read_pairs(Path(config.data.pairs), device)
     model = chosen.generator.denoiser
-    first = min(part.grid[0] for part in chosen.generator.parts.values())
+    first = max(part.grid[0] for part in chosen.generator.parts.values())
     wanted = {
         "shape": tuple(model.sample_shape),
         "num_classes": model.backbone.num_classes,
@@ -258,7 +259,12 @@ def pair_stream(config: Config, chosen: Method, device: torch.device) -> Stream:
         "noise_std": model.process.prior_std(first),
     }
     if chosen.teacher is not None:
-        wanted |= {"guidance": chosen.teacher.guidance, "source": fingerprint(chosen.teacher.denoiser)}
+        frozen = chosen.teacher.denoiser
+        wanted |= {
+            "meaning": meaning_of(frozen),
+            "guidance": chosen.teacher.guidance,
+            "source": fingerprint(frozen),
+        }
     for name, here in wanted.items():
         there = getattr(recipe, name)
         if there != here:

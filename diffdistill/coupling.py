@@ -1,16 +1,29 @@
 """Couplings: noises and where a sampler takes them, made once for DMD's regression and for reflow."""
 
-from collections.abc import Iterable
+import hashlib
+import json
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from diffdistill.checkpoint import to_disk
-from diffdistill.data.pairs import RECIPE, PairRecipe, fingerprint, read_recipe, shard_path, write_recipe
+from diffdistill.data.pairs import (
+    BEGUN,
+    RECIPE,
+    PairRecipe,
+    beside,
+    fingerprint,
+    read_recipe,
+    shard_path,
+    write_recipe,
+)
+from diffdistill.denoiser import Denoiser
 from diffdistill.evaluation.sampling import Solved, denoisers, evaluating
 from diffdistill.generator import Sampler
 from diffdistill.rng import Rng
@@ -20,7 +33,7 @@ def recipe_of(source: Sampler | Solved, *, count: int, seed: int, shard: int) ->
     """What the pairs of this source are.
 
     Raises:
-        ValueError: count or shard is below 1, or the generators of the source begin at different times.
+        ValueError: count or shard is below 1.
     """
     if count < 1 or shard < 1:
         raise ValueError(f"count and shard must be at least 1, got {count} and {shard}")
@@ -28,10 +41,11 @@ def recipe_of(source: Sampler | Solved, *, count: int, seed: int, shard: int) ->
     if isinstance(source, Solved):
         start, how = source.times[0], (source.steps, source.solver, source.teacher.guidance)
     else:
-        starts = {part.grid[0] for part in source.parts.values()}
-        start, how = max(starts), (0, "", 1.0)
+        start, how = max(part.grid[0] for part in source.parts.values()), (0, "", 1.0)
     return PairRecipe(
         source=fingerprint(*networks),
+        meaning=meaning_of(networks[0]),
+        device=next(networks[0].parameters()).device.type,
         start=start,
         noise_std=networks[0].process.prior_std(start),
         **dict(zip(("steps", "solver", "guidance"), how, strict=True)),
@@ -43,10 +57,26 @@ def recipe_of(source: Sampler | Solved, *, count: int, seed: int, shard: int) ->
     )
 
 
+def meaning_of(network: Denoiser) -> str:
+    """What a denoiser's weights mean: a few words and a digest, equal where its samples of equal noises are.
+
+    The digest is of coefficients and spacing of both processes in six digits, so that every machine finds the same.
+    """
+    u = torch.linspace(0, 1, 17, dtype=torch.float64)
+    laws = []
+    for process in (network.native, network.process):
+        t = process.warp(u)
+        laws += [f"{value:.6g}" for value in torch.stack([t, process.alpha(t), process.sigma(t)]).flatten().tolist()]
+        laws.append(f"{process.sigma_data:.6g}")
+    said = json.dumps([*laws, network.source.name, network.clock, network.scale_input])
+    name = f"{network.source.name.lower()} of {network.native}, seen in {network.process}"
+    return f"{name}, {hashlib.sha256(said.encode()).hexdigest()[:12]}"
+
+
 def refuse_another(folder: Path, recipe: PairRecipe) -> None:
     """Refuses a folder that holds pairs of another recipe, naming every key with both values, or something else."""
     if not (folder / RECIPE).exists():
-        if folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
+        if folder.exists() and any(path.name != ".lock" and not path.match(BEGUN) for path in folder.iterdir()):
             raise ValueError(f"{folder} is not empty and holds no pairs; choose another folder")
         return
     there, here = asdict(read_recipe(folder)), asdict(recipe)
@@ -58,26 +88,33 @@ def refuse_another(folder: Path, recipe: PairRecipe) -> None:
         )
 
 
+def missing(recipe: PairRecipe, folder: Path) -> list[int]:
+    """The numbers of the files that are not there yet."""
+    return [number for number in range(recipe.num_shards) if not shard_path(folder, number).exists()]
+
+
 @torch.no_grad()
 def make_pairs(
     source: Sampler | Solved, recipe: PairRecipe, folder: Path, *, batch: int, numbers: Iterable[int], bar: bool
 ) -> None:
-    """Write those files among `numbers` that are not there yet, each beside its place first, so that it is whole.
+    """Write the files `numbers`, each beside its place first, so that it is whole.
 
     Args:
         batch: samples made at once; it does not change them beyond rounding.
         bar: show one, with the rate and the time left.
+    Raises:
+        ValueError: a sample is not finite, or the disk refused; what was written before is whole.
     """
-    missing = [number for number in numbers if not shard_path(folder, number).exists()]
-    networks = denoisers(source)
-    total = sum(len(recipe.slots(number)) for number in missing)
+    networks, numbers = denoisers(source), list(numbers)
+    total = sum(len(recipe.slots(number)) for number in numbers)
     with evaluating(*networks), tqdm(total=total, unit="pair", disable=not bar, dynamic_ncols=True) as progress:
-        for number in missing:
+        for number in numbers:
             slots, parts = recipe.slots(number), []
             for first in range(0, len(slots), batch):
                 parts.append(_pairs(source, recipe, slots[first : first + batch]))
                 progress.update(len(parts[-1]["x0"]))
-            _write({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, shard_path(folder, number))
+            columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            _put(shard_path(folder, number), lambda path, columns=columns: save_file(columns, path))
 
 
 def _pairs(source: Sampler | Solved, recipe: PairRecipe, slots: range) -> dict[str, Tensor]:
@@ -95,17 +132,21 @@ def _pairs(source: Sampler | Solved, recipe: PairRecipe, slots: range) -> dict[s
     return {name: value.cpu() if name == "label" else value.cpu().float() for name, value in made.items()}
 
 
-def _write(tensors: dict[str, Tensor], path: Path) -> None:
-    beside = path.with_name(f".{path.name}.writing")
-    save_file(tensors, beside)
-    to_disk(beside)
-    beside.rename(path)
-    to_disk(path.parent)
-
-
 def begin(recipe: PairRecipe, folder: Path) -> None:
     """Write the recipe into the folder, which is made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / f".{RECIPE}.writing"
-    write_recipe(recipe, beside)
-    beside.rename(folder / RECIPE)
+    _put(folder / RECIPE, lambda path: write_recipe(recipe, path))
+
+
+def _put(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file beside its place, and rename it once it is on the disk."""
+    try:
+        write(beside(path))
+        to_disk(beside(path))
+        beside(path).rename(path)
+        to_disk(path.parent)
+    except (OSError, SafetensorError) as error:
+        beside(path).unlink(missing_ok=True)
+        raise ValueError(
+            f"could not write {path}: {error}; free some space, then run the same command again: it goes on"
+        ) from error

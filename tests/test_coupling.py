@@ -2,8 +2,11 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,14 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from safetensors.torch import load_file, save, save_file
 from test_api import toy_denoiser
 from tiny import NUM_CLASSES, refused, student_recipe, teacher_recipe, write_recipe
 
 from diffdistill import api, coupling
 from diffdistill.cli import main
 from diffdistill.config import ConfigError
-from diffdistill.data.pairs import fingerprint, read_pairs, read_recipe, shard_path
+from diffdistill.data.pairs import beside, fingerprint, read_pairs, read_recipe, shard_path
 from diffdistill.data.pairs import write_recipe as write_recipe_of_pairs
 from diffdistill.evaluation.sampling import Solved
 from diffdistill.generator import Generator
@@ -106,12 +110,7 @@ def test_a_killed_command_goes_on_and_ends_in_the_same_files(teacher, tmp_path):
         "diffdistill",
         "couple",
         str(teacher),
-        "--count",
-        "400",
-        "--shard",
-        "10",
-        "--batch",
-        "5",
+        *("--count", "400", "--steps", "4", "--shard", "10", "--batch", "5"),
     ]
     root = Path(__file__).parents[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
@@ -125,12 +124,112 @@ def test_a_killed_command_goes_on_and_ends_in_the_same_files(teacher, tmp_path):
     assert not shard_path(tmp_path / "killed", 39).exists()
     with pytest.raises(ValueError, match="run the same `diffdistill couple` again"):
         read_pairs(tmp_path / "killed", torch.device("cpu"))
-    options = {"count": 400, "shard": 10, "batch": 5}
+    options = {"count": 400, "steps": 4, "shard": 10, "batch": 5}
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("pairs-*")}
     api.couple(teacher, tmp_path / "killed", **options)
     assert all((tmp_path / "killed" / name).stat().st_mtime_ns == when for name, when in before.items())  # kept
     api.couple(teacher, tmp_path / "whole", **options)
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole") and len(digests(tmp_path / "whole")) == 41
+
+
+def test_a_process_killed_while_it_wrote_the_recipe_goes_on(teacher, tmp_path):
+    whole = api.couple(teacher, tmp_path / "whole", count=4, steps=2)
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    (killed / ".lock").touch()
+    beside(killed / "pairs.json").write_text('{"source": "4f')
+    assert digests(api.couple(teacher, killed, count=4, steps=2)) == digests(whole)
+    assert not list(killed.glob(".pairs*"))
+
+
+def test_two_processes_make_what_is_missing_as_one_would(teacher, tmp_path):
+    """By torchrun's own launcher, gloo, and the command line."""
+    options = {"count": 22, "steps": 2, "shard": 4, "batch": 3}
+    whole = api.couple(teacher, tmp_path / "whole", **options)
+    shared = Path(shutil.copytree(whole, tmp_path / "shared"))
+    for number in (0, 2, 4):  # all of the first process, had they not been dealt out anew
+        shard_path(shared, number).unlink()
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "diffdistill"]
+    line += ["couple", str(teacher), "--out", str(shared)]
+    line += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert digests(shared) == digests(whole) and len(digests(whole)) == 7
+
+
+def test_what_was_being_written_at_a_kill_is_written_again(tmp_path, monkeypatch):
+    source = Solved(Teacher(toy_denoiser()), 2)
+    made(source, tmp_path / "whole")
+    recipe = coupling.recipe_of(source, count=10, seed=0, shard=4)
+    folder = tmp_path / "killed"
+    coupling.begin(recipe, folder)
+
+    def killed_halfway(columns: dict, path: Path) -> None:
+        path.write_bytes(save(columns)[:100])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(coupling, "save_file", killed_halfway)
+        coupling.make_pairs(source, recipe, folder, batch=3, numbers=[0, 1, 2], bar=False)
+    assert coupling.missing(recipe, folder) == [0, 1, 2] and len(list(folder.glob(".pairs*"))) == 1
+    coupling.make_pairs(source, recipe, folder, batch=3, numbers=[0, 1, 2], bar=False)
+    assert digests(folder) == digests(tmp_path / "whole") and not list(folder.glob(".pairs*"))
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing_half_written(tmp_path):
+    """A limit on the size of files stands for the full disk: the kernel refuses the write in the same place."""
+    source = Solved(Teacher(toy_denoiser()), 2)
+    recipe = coupling.recipe_of(source, count=100, seed=0, shard=100)
+    coupling.begin(recipe, tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (512, hard))
+    try:
+        with pytest.raises(ValueError, match="could not write .*pairs-00000.*free some space"):
+            coupling.make_pairs(source, recipe, tmp_path, batch=100, numbers=[0], bar=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert coupling.missing(recipe, tmp_path) == [0] and [path.name for path in tmp_path.iterdir()] == ["pairs.json"]
+
+
+@pytest.mark.parametrize("change", [{"clock": "log_ratio"}, {"process": {"rho": 5.0}}, {"prediction": "eps"}], ids=str)
+def test_the_same_weights_with_another_meaning_are_another_recipe(change, teacher, tmp_path, capsys):
+    """Such as a teacher whose denoiser.json was wrong, and has been put right since."""
+    folder = Path(shutil.copytree(teacher, tmp_path / "teacher"))
+    pairs = api.couple(folder, tmp_path / "pairs", count=4, steps=2)
+    said = json.loads((folder / "denoiser.json").read_text())
+    for key, value in change.items():
+        said[key] = {**said[key], **value} if isinstance(value, dict) else value
+    (folder / "denoiser.json").write_text(json.dumps(said))
+    complaint = refused(capsys, "couple", folder, "--out", pairs, "--count", 4, "--steps", 2)
+    assert "meaning was 'f of VE" in complaint and "source was" not in complaint
+
+
+def test_a_pipelines_folder_and_a_run_are_sources_too(teacher, tmp_path):
+    network = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+    )
+    DDIMPipeline(unet=network, scheduler=DDIMScheduler()).save_pretrained(tmp_path / "pipeline")
+    api.couple(tmp_path / "pipeline", tmp_path / "a", count=3, steps=2, solver="ddim")
+    recipe, pairs = read_pairs(tmp_path / "a", torch.device("cpu"))
+    assert recipe.meaning.startswith("eps of VP, seen in VP") and recipe.noise_std == pytest.approx(1, abs=1e-4)
+    assert pairs.x0.shape == (3, 3, 8, 8) and pairs.labels is None
+
+    trained = teacher.parent / "teacher"  # the run that the teacher's folder was exported from
+    api.couple(trained, tmp_path / "b", count=3)
+    recipe, pairs = read_pairs(tmp_path / "b", torch.device("cpu"))
+    sampler = api.load(trained)
+    rng = Rng((0, "pairs"), range(3))
+    noise = sampler.prior(rng)
+    with torch.no_grad():
+        end = sampler.sample(noise, {"label": pairs.labels}, rng)
+    assert recipe.steps == 0 and torch.equal(pairs.noise, noise)
+    torch.testing.assert_close(pairs.x0, end, rtol=1e-5, atol=1e-5)
 
 
 def test_a_folder_of_another_recipe_is_refused_with_every_key_that_differs(teacher, tmp_path, capsys):
@@ -177,6 +276,7 @@ def test_the_command_makes_pairs_that_a_dmd_run_reads(teacher, tmp_path, capsys)
     ("change", "said"),
     [
         ({"source": "0" * 64}, "has source '000.*', and this run needs"),
+        ({"meaning": "eps of VP"}, "has meaning 'eps of VP', and this run needs 'f of VE, seen in VE, "),
         ({"guidance": 2.0}, "has guidance 2.0, and this run needs 1.0"),
         ({"start": 5.0}, "has start 5.0, and this run needs 20.0"),
         ({"num_classes": 4}, "has num_classes 4, and this run needs 3"),
@@ -204,6 +304,15 @@ def test_a_fingerprint_tells_weights_and_not_their_precision():
 
 def test_damaged_pairs_are_refused(teacher, tmp_path):
     folder = api.couple(teacher, tmp_path / "pairs", count=4, steps=2)
+    columns = load_file(shard_path(folder, 0))
+    for other in (
+        {**columns, "x0": columns["x0"][:3]},
+        {**columns, "noise": columns["noise"].half()},
+        {"noise": columns["noise"], "x0": columns["x0"]},
+    ):
+        save_file(other, shard_path(folder, 0))
+        with pytest.raises(ValueError, match=r"is not of pairs.json: (x0|noise|label) is .* delete it"):
+            read_pairs(folder, torch.device("cpu"))
     shard_path(folder, 0).write_bytes(b"no")
     with pytest.raises(ValueError, match="cannot be read"):
         read_pairs(folder, torch.device("cpu"))

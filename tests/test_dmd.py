@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import CASES, Case, all_tensors, make_trainer
 from oracle import Quadrature
-from test_dmd2 import MU, SD, A, M, assert_reaches_the_law, distilled, gradients, start  # noqa: F401  a fixture
+from test_dmd2 import MU, SD, SIGMA, A, M, assert_reaches_the_law, distilled, gradients, start  # noqa: F401  a fixture
 from test_score import exact
 
 from diffdistill.method import Sample
@@ -24,6 +24,22 @@ def test_without_its_regression_it_is_dmd2(tmp_path):
     ours, theirs = all_tensors(ours), all_tensors(theirs)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_beside_its_regression_it_keeps_the_golden_direction():
+    """T1 and T2, the regression on: the term is DMD2's, whose normaliser is undone as in test_dmd2.py."""
+    method = exact("dmd")
+    assert [term.name for term in method.plan(0)[0].terms] == ["match", "regress", "fit"]
+    rng = Quadrature(2, 60)
+    x = method.generator.rollout(method.generator.prior(rng), None, rng, stop=0)
+    x_t, t, _ = method.noised(x, rng)
+    normaliser = (x - method.teacher(x_t, t)).abs().flatten(1).mean(1).detach()
+    (match, *_) = method.plan(0)[0].terms
+    rng = Quadrature(2, 60)
+    weights = rng.weights
+    ours = gradients((weights * normaliser * match.loss({"conditions": Sample()}, rng).value).sum(), method)
+    assert ours == pytest.approx((0.18846154, 0.14764448), abs=5e-9)
+    assert [g / SIGMA**2 for g in ours] == pytest.approx((0.38461538, 0.30131527), abs=1e-8)  # T2: 1 / SIGMA^2 = 2.04
 
 
 @pytest.mark.parametrize("distance", ["squared", "pseudo_huber"])

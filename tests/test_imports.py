@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipe": {"config", "method", "methods", "omegaconf", "yaml"},
     "memory": set(),
     "data": {"data", "method", "rng"},
-    "coupling": {"checkpoint", "data", "evaluation", "generator", "rng", "tqdm"},
+    "coupling": {"checkpoint", "data", "denoiser", "evaluation", "generator", "rng", "tqdm"},
     "evaluation": {"evaluation", "data", "denoiser", "generator", "teacher", "solvers", "rng", "tqdm"},
     "backbones": {"backbones", "denoiser", "process", "prediction", "diffusers", "huggingface_hub"},
     "exporting": {

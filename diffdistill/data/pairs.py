@@ -15,6 +15,7 @@ from diffdistill.method import Sample
 from diffdistill.rng import Rng
 
 RECIPE = "pairs.json"
+BEGUN = ".pairs*.writing"  # files that an interrupted process left
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class PairRecipe:
     """What the pairs of a folder are. Pair i is a function of all this and of i alone."""
 
     source: str  # fingerprint of the networks that were sampled
+    meaning: str  # of their outputs, and of the process that the noise and its time belong to
+    device: str  # its kind: a CPU and a GPU draw different noises
     start: float  # time of the noise, in the source's process
     noise_std: float  # of the noise at that time
     steps: int  # of the solver; 0 for a generator's own
@@ -66,6 +69,11 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"pairs-{number:05d}.safetensors"
 
 
+def beside(path: Path) -> Path:
+    """Where a file is written before it takes its place."""
+    return path.with_name(f".{path.name}.writing")
+
+
 def write_recipe(recipe: PairRecipe, path: Path) -> None:
     path.write_text(json.dumps(asdict(recipe), indent=1) + "\n")
 
@@ -92,7 +100,10 @@ def read_pairs(folder: Path, device: torch.device) -> tuple[PairRecipe, Pairs]:
     Raises:
         ValueError: some are missing or damaged.
     """
-    recipe, columns = read_recipe(folder), {}
+    recipe = read_recipe(folder)
+    columns = {name: torch.empty(recipe.count, *recipe.shape, device=device) for name in ("noise", "x0")}
+    if recipe.num_classes:
+        columns["label"] = torch.empty(recipe.count, dtype=torch.int64, device=device)
     for number in range(recipe.num_shards):
         path = shard_path(folder, number)
         try:
@@ -106,10 +117,17 @@ def read_pairs(folder: Path, device: torch.device) -> tuple[PairRecipe, Pairs]:
             raise ValueError(
                 f"{path} cannot be read: {error}; delete it and run the same `diffdistill couple`"
             ) from error
-        for name, values in shard.items():
-            columns.setdefault(name, []).append(values)
-    whole = {name: torch.cat(values).to(device) for name, values in columns.items()}
-    return recipe, Pairs(whole["noise"], whole["x0"], whole.get("label"))
+        slots = recipe.slots(number)
+        for name, column in columns.items():
+            found = shard.get(name, torch.empty(0))
+            wanted = (len(slots), *column.shape[1:])
+            if tuple(found.shape) != wanted or found.dtype != column.dtype:
+                raise ValueError(
+                    f"{path} is not of {RECIPE}: {name} is {found.dtype} of shape {tuple(found.shape)}, and should be "
+                    f"{column.dtype} of shape {wanted}; delete it and run the same `diffdistill couple`"
+                )
+            column[slots.start : slots.stop] = found
+    return recipe, Pairs(columns["noise"], columns["x0"], columns.get("label"))
 
 
 def fingerprint(*networks: nn.Module) -> str:
