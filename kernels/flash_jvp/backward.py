@@ -7,11 +7,18 @@ import torch
 import triton
 from torch import Tensor
 
-from flash_jvp.fused import LONG_STRIDE
 from flash_jvp.gradient_kernels import gradient_of_keys, gradient_of_queries
 from flash_jvp.launch import Launch
 from flash_jvp.logits import Logits
-from flash_jvp.operands import common_arguments, common_constants, key_means, require_supported, stride_unit, strides
+from flash_jvp.operands import (
+    common_arguments,
+    common_constants,
+    key_means,
+    require_supported,
+    row_constants,
+    stride_unit,
+    strides,
+)
 from flash_jvp.tiles import ARCHITECTURES, INTERPRETED, INTERPRETER, Tile, architecture
 
 # Largest head size of an entry, and its tile by architecture, chosen as in `tiles`: few spills, then few instructions
@@ -102,7 +109,7 @@ def launches(
             kernel,
             triton.cdiv(rows.shape[2], block) * rows.shape[0] * rows.shape[1],
             {**arguments, **own},
-            {**constants, "PIPELINED": tile.pipelined_remainder, "LONG": _far_apart(*looped)},
+            {**constants, "PIPELINED": tile.pipelined_remainder, **row_constants(*looped, bias=arguments["bias"])},
             tile,
         )
         for kernel, rows, block, own, tile, looped in (
@@ -110,7 +117,3 @@ def launches(
             (gradient_of_keys, k, tiles[1].block_n, of_keys, tiles[1], (q, do)),
         )
     )
-
-
-def _far_apart(*tensors: Tensor) -> bool:
-    return max(strides(x, 1)[2] for x in tensors) >= LONG_STRIDE

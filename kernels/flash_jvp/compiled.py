@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flash_jvp import fused
+from flash_jvp import backward, fused
 from flash_jvp.launch import Launch
 from flash_jvp.logits import Logits
 from flash_jvp.tiles import ARCHITECTURES
@@ -33,6 +34,8 @@ POINTERS = {
     torch.int32: "*i32",
     torch.bool: "*i1",
 }
+# what the tests compile; words of one are combined
+MASKS = ("none", "causal", "kv_lens", "key bool", "bool", "key bias", "bias", "softcap")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
 
 
@@ -54,17 +57,20 @@ class Report:
     loop_instructions: tuple[int, ...]
 
 
-def _specialised(value: Any) -> tuple[Any, bool]:
-    """(type, whether divisible by 16) as a launch specialises an argument; the type "constexpr" for None and 1."""
+def _specialised(value: Any, never: bool) -> tuple[Any, bool]:
+    """(type, whether divisible by 16) as a launch specialises an argument; the type "constexpr" for None and 1.
+
+    `never`: whether the kernel asks that its numbers are not specialised.
+    """
     if value is None:
         return "constexpr", False
     if isinstance(value, torch.Tensor):
         return POINTERS[value.dtype], True
     if isinstance(value, float):
         return "fp32", False
-    if value == 1:
+    if value == 1 and not never:
         return "constexpr", False
-    return "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
+    return "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0 and not never
 
 
 def compile_for(launch: Launch, arch: int) -> Any:
@@ -76,7 +82,7 @@ def compile_for(launch: Launch, arch: int) -> Any:
     signature: dict[str, Any] = {}
     constexprs: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list] = {}
-    for index, name in enumerate(launch.kernel.arg_names):
+    for index, (name, parameter) in enumerate(zip(launch.kernel.arg_names, launch.kernel.params, strict=True)):
         if name in constants:
             signature[name], constexprs[(index,)] = "constexpr", constants[name]
             continue
@@ -85,7 +91,7 @@ def compile_for(launch: Launch, arch: int) -> Any:
         types = []
         for position, part in enumerate(parts):
             path = (index, position) if isinstance(value, tuple) else (index,)
-            kind, divisible = _specialised(part)
+            kind, divisible = _specialised(part, parameter.do_not_specialize)
             types.append(kind)
             if kind == "constexpr":
                 constexprs[path] = part
@@ -142,15 +148,47 @@ def _loops(sass: str) -> tuple[int, ...]:
 
 
 def example(
-    kernel: str, arch: int, dtype: torch.dtype, size: int, tangents: str, logits: Logits | None = None
+    kernel: str, arch: int, dtype: torch.dtype, size: int, tangents: str, mask: str = "none", *, length: int = 4096
 ) -> Launch:
-    """The launch of "fused", "tangent" or "forward" for BSHD tensors of a usual shape, without data (device "meta")."""
-    q = torch.empty(2, 4096, 24, size, dtype=dtype, device="meta").transpose(1, 2)
-    row = torch.empty(2, 24, 4096, device="meta")
+    """The launch of "forward", "fused" or "tangent" for BSHD tensors of a usual shape, without data (device "meta").
+
+    Args:
+        tangents: which of "q", "k", "v" carry one.
+        mask: one of MASKS.
+        length: M and N.
+    """
+    q = torch.empty(2, length, 24, size, dtype=dtype, device="meta").transpose(1, 2)
+    row = torch.empty(2, 24, length, device="meta")
     tq, tk, tv = (q if name in tangents else None for name in "qkv")
     to, mu = (q, row) if tangents else (None, None)
-    logits = logits or Logits(scale=size**-0.5)
+    logits = masked_logits(mask, q)
     return fused.launch(q, q, q, tq, tk, tv, q, to, row, mu, logits, arch, known=kernel == "tangent")
+
+
+def backward_example(
+    kernel: str, arch: int, dtype: torch.dtype, size: int, mask: str = "none", *, length: int = 4096, group: int = 1
+) -> Launch:
+    """The launch of the backward over "queries" or "keys", as `example`; `group` query heads share a key."""
+    q = torch.empty(2, length, 24, size, dtype=dtype, device="meta").transpose(1, 2)
+    k = torch.empty(2, length, 24 // group, size, dtype=dtype, device="meta").transpose(1, 2)
+    row = torch.empty(2, 24, length, device="meta")
+    both = backward.launches(q, k, k, q, row, q, q, k, k, masked_logits(mask, q), arch)
+    return both[("queries", "keys").index(kernel)]
+
+
+def masked_logits(mask: str, q: Tensor) -> Logits:
+    """Logits for queries q with one of MASKS, as many keys as queries."""
+    batch, heads, length, size = q.shape
+    dtype = torch.bool if "bool" in mask else torch.float32 if "float32" in mask else q.dtype
+    rows = 1 if "key" in mask else length
+    bias = torch.empty(batch, 1, rows, length, dtype=dtype, device=q.device).expand(batch, heads, length, length)
+    return Logits(
+        scale=size**-0.5,
+        softcap=30.0 if "softcap" in mask else 0.0,
+        diagonal=5 if "causal" in mask else None,
+        bias=bias if "bool" in mask or "bias" in mask else None,
+        kv_lens=torch.empty(batch, dtype=torch.int32, device=q.device) if "kv_lens" in mask else None,
+    )
 
 
 def main() -> None:

@@ -16,13 +16,25 @@ from torch import Tensor
 
 from flash_jvp.launch import Launch
 from flash_jvp.logits import Logits, like_queries
-from flash_jvp.operands import common_arguments, common_constants, key_means, require_supported, stride_unit, strides
+from flash_jvp.operands import (
+    LENGTHS,
+    common_arguments,
+    common_constants,
+    key_means,
+    require_supported,
+    row_constants,
+    stride_unit,
+    strides,
+)
 from flash_jvp.tile_logits import (
     LN2,
     LOG2E,
     as_operand,
+    bias_pointers,
     keys_of_rows,
     load_tile,
+    offsets,
+    program_of_rows,
     softmax_reference,
     tangent_centre,
     tangent_product,
@@ -30,8 +42,6 @@ from flash_jvp.tile_logits import (
     tile_product,
 )
 from flash_jvp.tiles import Tile, architecture, tile_for
-
-LONG_STRIDE = 2**23  # from here on 256 rows, more than any tile has, can lie 2^31 elements apart
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, logits: Logits) -> tuple[Tensor, Tensor]:
@@ -96,7 +106,7 @@ def launch(
     }
     constants = {
         **common_constants(q, v, logits),
-        "LONG": max(strides(x, 1)[2] for x in (k, v, tk, tv)) >= LONG_STRIDE,
+        **row_constants(k, v, tk, tv, bias=arguments["bias"]),
         "UNIT": unit,
         "PIPELINED": tile.pipelined_remainder,
         "KNOWN": known,
@@ -107,7 +117,7 @@ def launch(
     return Launch(_fused, num_programs, arguments, constants, tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _fused(
     q,
     k,
@@ -144,11 +154,14 @@ def _fused(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BOOLEAN: tl.constexpr,
+    BIAS_PER_ROW: tl.constexpr,
+    BIAS_PER_KEY: tl.constexpr,
     KNOWN: tl.constexpr,
     RUNNING: tl.constexpr,
     GUARD: tl.constexpr,
     UNIT: tl.constexpr,
     LONG: tl.constexpr,
+    ONE_STRIDE: tl.constexpr,
     PIPELINED: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -157,22 +170,17 @@ def _fused(
 ):
     # KNOWN: o and lse are inputs, and only to and mu are computed. RUNNING: the softmax is relative to a running
     # reference rather than to a known lse; with KNOWN that is for float16, in which P itself would lose its last bits.
+    # ONE_STRIDE: rows of k, v, tk and tv are equally far apart, so that one set of offsets serves all of them: 16 spill
+    # stores fewer at d = 128 on sm_90.
     PAD_D: tl.constexpr = BLOCK_D != SIZE
     PAD_DV: tl.constexpr = BLOCK_DV != VALUE_SIZE
     HAS_TS: tl.constexpr = (tq is not None) or (tk is not None)
     HAS_TO: tl.constexpr = to is not None
 
-    num_tiles = tl.cdiv(num_rows, BLOCK_M)
-    program = tl.program_id(0)
-    row_tile = program % num_tiles
-    if diagonal is not None:  # the rows with most keys first: the short ones fill the gaps at the end
-        row_tile = num_tiles - 1 - row_tile
-    batch_head = program // num_tiles
-    b = (batch_head // num_heads).to(tl.int64)
-    h = (batch_head % num_heads).to(tl.int64)
+    first_row, batch_head, b, h = program_of_rows(num_rows, num_heads, diagonal, BLOCK_M)
     key_head = h // group
-
-    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows_of_tile = tl.arange(0, BLOCK_M)
+    rows = first_row + rows_of_tile
     keys_of_tile = tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_D)
     value_columns = tl.arange(0, BLOCK_DV)
@@ -180,38 +188,42 @@ def _fused(
     column_inside = (columns < SIZE)[None, :]
     column_inside_k = (columns < SIZE)[:, None]
     value_column_inside = (value_columns < VALUE_SIZE)[None, :]
-    long_rows = rows.to(tl.int64)
+    long_rows = rows.to(tl.int64)[:, None]
+    tile_rows = rows_of_tile
     tile_keys = keys_of_tile  # int32 within a tile: int64 costs 34 spill stores at d = 128 on sm_90
     if LONG:
+        tile_rows = rows_of_tile.to(tl.int64)
         tile_keys = keys_of_tile.to(tl.int64)
 
-    q += (b * stride_q[0] + h * stride_q[1]) * UNIT
-    q_pointers = q + long_rows[:, None] * stride_q[2] * UNIT + columns[None, :]
+    q_pointers = q + offsets(stride_q, b, h, long_rows, columns[None, :], UNIT)
     q_tile = load_tile(q_pointers, row_inside, column_inside, True, PAD_D, UPCAST)
     tq_tile = None
     if tq is not None:
-        tq += (b * stride_tq[0] + h * stride_tq[1]) * UNIT
-        tq_pointers = tq + long_rows[:, None] * stride_tq[2] * UNIT + columns[None, :]
+        tq_pointers = tq + offsets(stride_tq, b, h, long_rows, columns[None, :], UNIT)
         tq_tile = load_tile(tq_pointers, row_inside, column_inside, True, PAD_D, UPCAST)
     if HAS_TS:
         mean_offset = (b * (num_heads // group) + key_head) * SIZE
         centre = tangent_centre(q_tile, tq_tile, mean_k, mean_tk, mean_offset, columns, SIZE, scale, softcap)
 
-    k += (b * stride_k[0] + key_head * stride_k[1]) * UNIT
-    k_offsets = tile_keys[None, :] * (stride_k[2] * UNIT) + columns[:, None]
-    v += (b * stride_v[0] + key_head * stride_v[1]) * UNIT
-    v_offsets = tile_keys[:, None] * (stride_v[2] * UNIT) + value_columns[None, :]
+    k += offsets(stride_k, b, key_head, 0, 0, UNIT)
+    v += offsets(stride_v, b, key_head, 0, 0, UNIT)
+    step_k = stride_k[2] * UNIT
+    step_v = step_k if ONE_STRIDE else stride_v[2] * UNIT
+    k_offsets = tile_keys[None, :] * step_k + columns[:, None]
+    v_offsets = tile_keys[:, None] * step_v + value_columns[None, :]
     if tk is not None:
-        tk += (b * stride_tk[0] + key_head * stride_tk[1]) * UNIT
-        tk_offsets = tile_keys[None, :] * (stride_tk[2] * UNIT) + columns[:, None]
+        tk += offsets(stride_tk, b, key_head, 0, 0, UNIT)
+        step_tk = step_k if ONE_STRIDE else stride_tk[2] * UNIT
+        tk_offsets = tile_keys[None, :] * step_tk + columns[:, None]
     if tv is not None:
-        tv += (b * stride_tv[0] + key_head * stride_tv[1]) * UNIT
-        tv_offsets = tile_keys[:, None] * (stride_tv[2] * UNIT) + value_columns[None, :]
+        tv += offsets(stride_tv, b, key_head, 0, 0, UNIT)
+        step_tv = step_k if ONE_STRIDE else stride_tv[2] * UNIT
+        tv_offsets = tile_keys[:, None] * step_tv + value_columns[None, :]
     if bias is not None:
         bias += b * stride_bias[0] + h * stride_bias[1]
     if kv_lens is not None:
         num_keys = tl.minimum(tl.load(kv_lens + b), num_keys)
-    full, end = keys_of_rows(row_tile * BLOCK_M, num_rows, num_keys, diagonal, BLOCK_M, BLOCK_N)
+    full, end = keys_of_rows(first_row, num_rows, num_keys, diagonal, BLOCK_M, BLOCK_N)
 
     reference = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_offsets = batch_head.to(tl.int64) * num_rows + rows
@@ -234,21 +246,33 @@ def _fused(
             keys = start + keys_of_tile
             key_inside = keys < num_keys
             first = tl.cast(start, tl.int64)
-            k_pointers = k + first * stride_k[2] * UNIT + k_offsets
-            k_tile = load_tile(k_pointers, key_inside[None, :], column_inside_k, MASKED, PAD_D, UPCAST)
+            k_tile = load_tile(
+                k + first * stride_k[2] * UNIT + k_offsets, key_inside[None, :], column_inside_k, MASKED, PAD_D, UPCAST
+            )
+            bias_tile = None
+            if bias is not None:
+                bias_tile = bias_pointers(
+                    bias,
+                    stride_bias[2],
+                    first_row.to(tl.int64),
+                    tile_rows[:, None],
+                    num_rows,
+                    first,
+                    keys_of_tile[None, :],
+                    BIAS_PER_ROW,
+                    BIAS_PER_KEY,
+                )
             s, slope = tile_logits(
                 tile_product(q_tile, k_tile, None, PRECISION),
                 rows[:, None],
                 keys[None, :],
-                num_rows,
                 num_keys,
                 scale,
                 softcap,
                 diagonal,
-                bias,
-                stride_bias[2],
-                stride_bias[3],
+                bias_tile,
                 BOOLEAN,
+                MASKED and BIAS_PER_KEY,
                 MASKED,
             )
             ts = None
@@ -283,7 +307,7 @@ def _fused(
                 tv_tile = load_tile(tv_pointers, key_inside[:, None], value_column_inside, MASKED, PAD_DV, UPCAST)
                 sum_to = tile_product(p_operand, tv_tile, sum_to, PRECISION)
 
-    o_offsets = (b * stride_o[0] + h * stride_o[1] + long_rows[:, None] * stride_o[2]) * UNIT + value_columns[None, :]
+    o_offsets = offsets(stride_o, b, h, long_rows, value_columns[None, :], UNIT)
     written = row_inside & value_column_inside
     if KNOWN:
         o_tile = tl.load(o + o_offsets, mask=written, other=0.0).to(tl.float32)
@@ -304,8 +328,6 @@ def _fused(
             row_mu = total_ts * normaliser
             to_tile -= row_mu[:, None] * o_tile
             row_mu = tl.where(sighted, row_mu + centre, 0.0)
-        to_offsets = (b * stride_to[0] + h * stride_to[1] + long_rows[:, None] * stride_to[2]) * UNIT + value_columns[
-            None, :
-        ]
+        to_offsets = offsets(stride_to, b, h, long_rows, value_columns[None, :], UNIT)
         tl.store(to + to_offsets, as_operand(to_tile, to.dtype.element_ty, UPCAST), mask=written)
         tl.store(mu + row_offsets, row_mu, mask=rows < num_rows)

@@ -21,7 +21,18 @@ yet on a GPU.
 import triton
 import triton.language as tl
 
-from flash_jvp.tile_logits import LOG2E, as_operand, keys_of_rows, load_tile, tile_logits, tile_product
+from flash_jvp.operands import LENGTHS
+from flash_jvp.tile_logits import (
+    LOG2E,
+    as_operand,
+    bias_pointers,
+    keys_of_rows,
+    load_tile,
+    offsets,
+    program_of_rows,
+    tile_logits,
+    tile_product,
+)
 
 
 @triton.jit
@@ -30,7 +41,7 @@ def _base(row_lse):
     return tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def gradient_of_queries(
     q,
     k,
@@ -63,8 +74,11 @@ def gradient_of_queries(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BOOLEAN: tl.constexpr,
+    BIAS_PER_ROW: tl.constexpr,
+    BIAS_PER_KEY: tl.constexpr,
     UNIT: tl.constexpr,
     LONG: tl.constexpr,
+    ONE_STRIDE: tl.constexpr,
     PIPELINED: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -74,17 +88,10 @@ def gradient_of_queries(
     PAD_D: tl.constexpr = BLOCK_D != SIZE
     PAD_DV: tl.constexpr = BLOCK_DV != VALUE_SIZE
 
-    num_tiles = tl.cdiv(num_rows, BLOCK_M)
-    program = tl.program_id(0)
-    row_tile = program % num_tiles
-    if diagonal is not None:  # the rows with most keys first
-        row_tile = num_tiles - 1 - row_tile
-    batch_head = program // num_tiles
-    b = (batch_head // num_heads).to(tl.int64)
-    h = (batch_head % num_heads).to(tl.int64)
+    first_row, batch_head, b, h = program_of_rows(num_rows, num_heads, diagonal, BLOCK_M)
     key_head = h // group
-
-    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows_of_tile = tl.arange(0, BLOCK_M)
+    rows = first_row + rows_of_tile
     columns = tl.arange(0, BLOCK_D)
     value_columns = tl.arange(0, BLOCK_DV)
     row_inside = (rows < num_rows)[:, None]
@@ -92,29 +99,33 @@ def gradient_of_queries(
     value_column_inside = (value_columns < VALUE_SIZE)[None, :]
     long_rows = rows.to(tl.int64)[:, None]
     keys_of_tile = tl.arange(0, BLOCK_N)
+    tile_rows = rows_of_tile
     tile_keys = keys_of_tile
     if LONG:
+        tile_rows = rows_of_tile.to(tl.int64)
         tile_keys = keys_of_tile.to(tl.int64)
 
-    q_offsets = (b * stride_q[0] + h * stride_q[1] + long_rows * stride_q[2]) * UNIT + columns[None, :]
+    q_offsets = offsets(stride_q, b, h, long_rows, columns[None, :], UNIT)
     q_tile = load_tile(q + q_offsets, row_inside, column_inside, True, PAD_D, UPCAST)
-    do_offsets = (b * stride_do[0] + h * stride_do[1] + long_rows * stride_do[2]) * UNIT + value_columns[None, :]
+    do_offsets = offsets(stride_do, b, h, long_rows, value_columns[None, :], UNIT)
     do_tile = load_tile(do + do_offsets, row_inside, value_column_inside, True, PAD_DV, UPCAST)
-    o_offsets = (b * stride_o[0] + h * stride_o[1] + long_rows * stride_o[2]) * UNIT + value_columns[None, :]
+    o_offsets = offsets(stride_o, b, h, long_rows, value_columns[None, :], UNIT)
     o_tile = load_tile(o + o_offsets, row_inside, value_column_inside, True, PAD_DV, UPCAST)
     row_delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
     row_offsets = batch_head.to(tl.int64) * num_rows + rows
     base = _base(tl.load(lse + row_offsets, mask=rows < num_rows, other=float("-inf")))
 
-    k += (b * stride_k[0] + key_head * stride_k[1]) * UNIT
-    k_offsets = tile_keys[:, None] * (stride_k[2] * UNIT) + columns[None, :]
-    v += (b * stride_v[0] + key_head * stride_v[1]) * UNIT
-    v_offsets = tile_keys[:, None] * (stride_v[2] * UNIT) + value_columns[None, :]
+    k += offsets(stride_k, b, key_head, 0, 0, UNIT)
+    v += offsets(stride_v, b, key_head, 0, 0, UNIT)
+    step_k = stride_k[2] * UNIT
+    step_v = step_k if ONE_STRIDE else stride_v[2] * UNIT
+    k_offsets = tile_keys[:, None] * step_k + columns[None, :]
+    v_offsets = tile_keys[:, None] * step_v + value_columns[None, :]
     if bias is not None:
         bias += b * stride_bias[0] + h * stride_bias[1]
     if kv_lens is not None:
         num_keys = tl.minimum(tl.load(kv_lens + b), num_keys)
-    full, end = keys_of_rows(row_tile * BLOCK_M, num_rows, num_keys, diagonal, BLOCK_M, BLOCK_N)
+    full, end = keys_of_rows(first_row, num_rows, num_keys, diagonal, BLOCK_M, BLOCK_N)
 
     sum_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     error = tl.zeros([BLOCK_M], tl.float32)  # of delta: the sum of dS over a row, which would be 0
@@ -127,27 +138,39 @@ def gradient_of_queries(
             keys = start + keys_of_tile
             key_inside = (keys < num_keys)[:, None]
             first = tl.cast(start, tl.int64)
-            k_pointers = k + first * stride_k[2] * UNIT + k_offsets
-            k_tile = load_tile(k_pointers, key_inside, column_inside, MASKED, PAD_D, UPCAST)
-            product = tile_product(q_tile, tl.trans(k_tile), None, PRECISION)
+            k_tile = load_tile(
+                k + first * stride_k[2] * UNIT + k_offsets, key_inside, column_inside, MASKED, PAD_D, UPCAST
+            )
+            bias_tile = None
+            if bias is not None:
+                bias_tile = bias_pointers(
+                    bias,
+                    stride_bias[2],
+                    first_row.to(tl.int64),
+                    tile_rows[:, None],
+                    num_rows,
+                    first,
+                    keys_of_tile[None, :],
+                    BIAS_PER_ROW,
+                    BIAS_PER_KEY,
+                )
             s, slope = tile_logits(
-                product,
+                tile_product(q_tile, tl.trans(k_tile), None, PRECISION),
                 rows[:, None],
                 keys[None, :],
-                num_rows,
                 num_keys,
                 scale,
                 softcap,
                 diagonal,
-                bias,
-                stride_bias[2],
-                stride_bias[3],
+                bias_tile,
                 BOOLEAN,
+                MASKED and BIAS_PER_KEY,
                 MASKED,
             )
             p = tl.exp2(s - base[:, None])
-            v_pointers = v + first * stride_v[2] * UNIT + v_offsets
-            v_tile = load_tile(v_pointers, key_inside, value_column_inside, MASKED, PAD_DV, UPCAST)
+            v_tile = load_tile(
+                v + first * stride_v[2] * UNIT + v_offsets, key_inside, value_column_inside, MASKED, PAD_DV, UPCAST
+            )
             dp = tile_product(do_tile, tl.trans(v_tile), None, PRECISION)
             if inverse is not None:
                 total += tl.sum(p, 1)
@@ -176,7 +199,7 @@ def gradient_of_queries(
     mean_offset = (b * (num_heads // group) + key_head) * SIZE
     mean_key = tl.load(mean_k + mean_offset + columns, mask=columns < SIZE, other=0.0)
     sum_dq = (sum_dq - excess[:, None] * mean_key[None, :]) * scale
-    dq_offsets = (b * stride_dq[0] + h * stride_dq[1] + long_rows * stride_dq[2]) * UNIT + columns[None, :]
+    dq_offsets = offsets(stride_dq, b, h, long_rows, columns[None, :], UNIT)
     tl.store(dq + dq_offsets, as_operand(sum_dq, dq.dtype.element_ty, UPCAST), mask=row_inside & column_inside)
 
 
@@ -195,7 +218,7 @@ def _rows_of_keys(first_key, num_rows, num_keys, diagonal, BLOCK_M: tl.constexpr
     return begin, full, full_end
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def gradient_of_keys(
     q,
     k,
@@ -227,8 +250,11 @@ def gradient_of_keys(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BOOLEAN: tl.constexpr,
+    BIAS_PER_ROW: tl.constexpr,
+    BIAS_PER_KEY: tl.constexpr,
     UNIT: tl.constexpr,
     LONG: tl.constexpr,
+    ONE_STRIDE: tl.constexpr,
     PIPELINED: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -249,7 +275,8 @@ def gradient_of_keys(
     if kv_lens is not None:
         existing = tl.minimum(tl.load(kv_lens + b), num_keys)
 
-    keys = first_key + tl.arange(0, BLOCK_N)
+    keys_of_tile = tl.arange(0, BLOCK_N)
+    keys = first_key + keys_of_tile
     columns = tl.arange(0, BLOCK_D)
     value_columns = tl.arange(0, BLOCK_DV)
     key_exists = (keys < existing)[:, None]
@@ -262,12 +289,14 @@ def gradient_of_keys(
         tile_rows = rows_of_tile.to(tl.int64)
 
     # Keys that do not exist are left unmasked below: each key has its own rows of P^T, dk and dv, set to 0 at the end.
-    k_offsets = (b * stride_k[0] + key_head * stride_k[1] + long_keys * stride_k[2]) * UNIT + columns[None, :]
+    k_offsets = offsets(stride_k, b, key_head, long_keys, columns[None, :], UNIT)
     k_tile = load_tile(k + k_offsets, key_exists, column_inside, True, PAD_D, UPCAST)
-    v_offsets = (b * stride_v[0] + key_head * stride_v[1] + long_keys * stride_v[2]) * UNIT + value_columns[None, :]
+    v_offsets = offsets(stride_v, b, key_head, long_keys, value_columns[None, :], UNIT)
     v_tile = load_tile(v + v_offsets, key_exists, value_column_inside, True, PAD_DV, UPCAST)
-    q_offsets = tile_rows[:, None] * (stride_q[2] * UNIT) + columns[None, :]
-    do_offsets = tile_rows[:, None] * (stride_do[2] * UNIT) + value_columns[None, :]
+    step_q = stride_q[2] * UNIT
+    step_do = step_q if ONE_STRIDE else stride_do[2] * UNIT
+    q_offsets = tile_rows[:, None] * step_q + columns[None, :]
+    do_offsets = tile_rows[:, None] * step_do + value_columns[None, :]
 
     begin, full, full_end = _rows_of_keys(first_key, num_rows, existing, diagonal, BLOCK_M, BLOCK_N)
     num_full = (full_end - full) // BLOCK_M
@@ -281,8 +310,8 @@ def gradient_of_keys(
     sum_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for member in range(group):
         h = key_head * group + member
-        q_head = q + (b * stride_q[0] + h * stride_q[1]) * UNIT
-        do_head = do + (b * stride_do[0] + h * stride_do[1]) * UNIT
+        q_head = q + offsets(stride_q, b, h, 0, 0, UNIT)
+        do_head = do + offsets(stride_do, b, h, 0, 0, UNIT)
         row_head = (b * num_heads + h) * num_rows
         bias_head = None
         if bias is not None:
@@ -306,20 +335,30 @@ def gradient_of_keys(
                 else:
                     row_lse = tl.load(lse + row_pointers)
                     row_delta = tl.load(delta + row_pointers)
-                product = tile_product(k_tile, tl.trans(q_tile), None, PRECISION)
+                bias_tile = None
+                if bias is not None:
+                    bias_tile = bias_pointers(
+                        bias_head,
+                        stride_bias[2],
+                        first,
+                        tile_rows[None, :],
+                        num_rows,
+                        first_key.to(tl.int64),
+                        keys_of_tile[:, None],
+                        BIAS_PER_ROW,
+                        BIAS_PER_KEY,
+                    )
                 s, slope = tile_logits(
-                    product,
+                    tile_product(k_tile, tl.trans(q_tile), None, PRECISION),
                     rows[None, :],
                     keys[:, None],
-                    num_rows,
                     existing,
                     scale,
                     softcap,
                     diagonal,
-                    bias_head,
-                    stride_bias[2],
-                    stride_bias[3],
+                    bias_tile,
                     BOOLEAN,
+                    BIAS_PER_KEY,
                     MASKED,
                 )
                 p = tl.exp2(s - _base(row_lse)[None, :])
@@ -335,7 +374,7 @@ def gradient_of_keys(
     sum_dk = tl.where(key_exists, sum_dk * scale, 0.0)
     sum_dv = tl.where(key_exists, sum_dv, 0.0)
     written = (keys < num_keys)[:, None]
-    dk_offsets = (b * stride_dk[0] + key_head * stride_dk[1] + long_keys * stride_dk[2]) * UNIT + columns[None, :]
+    dk_offsets = offsets(stride_dk, b, key_head, long_keys, columns[None, :], UNIT)
     tl.store(dk + dk_offsets, as_operand(sum_dk, dk.dtype.element_ty, UPCAST), mask=written & column_inside)
-    dv_offsets = (b * stride_dv[0] + key_head * stride_dv[1] + long_keys * stride_dv[2]) * UNIT + value_columns[None, :]
+    dv_offsets = offsets(stride_dv, b, key_head, long_keys, value_columns[None, :], UNIT)
     tl.store(dv + dv_offsets, as_operand(sum_dv, dv.dtype.element_ty, UPCAST), mask=written & value_column_inside)

@@ -3,12 +3,16 @@
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from flash_jvp.logits import Logits
 from flash_jvp.tiles import size_class
 
 LARGEST_SIZE = 256
+LONG_STRIDE = 2**23  # from here on 256 rows, more than any tile has, can lie 2^31 elements apart
+# what Triton is not to compile apart when it is 1 or a multiple of 16
+LENGTHS = ("num_rows", "num_keys", "diagonal")
 
 
 def require_supported(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -39,6 +43,30 @@ def strides(x: Tensor | None, unit: int) -> tuple[int, ...]:
     return (0, 0, 0) if x is None else tuple(stride // unit for stride in x.stride()[:3])
 
 
+def aligned_bias(bias: Tensor) -> Tensor:
+    """The bias with rows of a multiple of 16 elements, which a kernel can read 16 at once up to the end of a row.
+
+    A copy, padded, where it is not so; its strides of 0 stay 0. (Read element by element, a boolean bias costs 787
+    spill stores at d = 128 on sm_90.)
+    """
+    *outer, last = bias.stride()
+    if last == 0 or (last == 1 and bias.shape[3] % 16 == 0 and all(stride % 16 == 0 for stride in outer)):
+        return bias
+    own = bias[tuple(slice(None) if stride else slice(1) for stride in bias.stride())]
+    padded = own.new_zeros(*own.shape[:3], triton.cdiv(own.shape[3], 16) * 16)
+    padded[..., : own.shape[3]] = own
+    return padded.expand(*bias.shape[:3], -1)
+
+
+def row_constants(*looped: Tensor | None, bias: Tensor | None) -> dict[str, bool]:
+    """What a kernel has to know of the rows of the matrices it goes over: LONG offsets, and ONE_STRIDE for all."""
+    steps = {x.stride(2) for x in looped if x is not None}
+    return {
+        "LONG": max(steps | ({bias.stride(2)} if bias is not None else set())) >= LONG_STRIDE,
+        "ONE_STRIDE": len(steps) == 1,
+    }
+
+
 def common_arguments(
     q: Tensor,
     k: Tensor,
@@ -51,12 +79,12 @@ def common_arguments(
 ) -> dict[str, Any]:
     """Inputs, their strides (in `unit`), sizes and logits, by the names that kernels give them. Absent: None."""
     inputs = {"q": q, "k": k, "v": v, "tq": tq, "tk": tk, "tv": tv}
-    bias = logits.bias
+    bias = None if logits.bias is None else aligned_bias(logits.bias)
     return {
         **inputs,
         **{f"stride_{name}": strides(x, unit) for name, x in inputs.items()},
         "bias": bias,
-        "stride_bias": (0, 0, 0, 0) if bias is None else bias.stride(),
+        "stride_bias": (0, 0, 0) if bias is None else bias.stride()[:3],
         "kv_lens": logits.kv_lens,
         "num_heads": q.shape[1],
         "group": q.shape[1] // k.shape[1],
@@ -76,6 +104,8 @@ def common_constants(q: Tensor, v: Tensor, logits: Logits) -> dict[str, Any]:
         "BLOCK_D": size_class(q.shape[-1]),
         "BLOCK_DV": size_class(v.shape[-1]),
         "BOOLEAN": logits.bias is not None and logits.bias.dtype == torch.bool,
+        "BIAS_PER_ROW": logits.bias is not None and logits.bias.stride(2) != 0,
+        "BIAS_PER_KEY": logits.bias is not None and logits.bias.stride(3) != 0,
         # without it float32 products are made in TF32, with 10 bits of mantissa
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "UPCAST": q.device.type == "cpu" and q.dtype == torch.bfloat16,

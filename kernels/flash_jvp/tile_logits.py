@@ -49,6 +49,44 @@ def as_operand(tile, dtype: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def program_of_rows(num_rows, num_heads, diagonal, BLOCK_M: tl.constexpr):
+    """(first_row, batch_head, b, h) of a program that takes a tile of queries; b and h are int64."""
+    num_tiles = tl.cdiv(num_rows, BLOCK_M)
+    program = tl.program_id(0)
+    row_tile = program % num_tiles
+    if diagonal is not None:  # the rows with most keys first: the short ones fill the gaps at the end
+        row_tile = num_tiles - 1 - row_tile
+    batch_head = program // num_tiles
+    return row_tile * BLOCK_M, batch_head, (batch_head // num_heads).to(tl.int64), (batch_head % num_heads).to(tl.int64)
+
+
+@triton.jit
+def offsets(strides, b, h, rows, columns, UNIT: tl.constexpr):
+    """Where rows and columns of batch element b and head h lie; `strides` are those of batch, head and row in UNIT."""
+    return (b * strides[0] + h * strides[1] + rows * strides[2]) * UNIT + columns
+
+
+@triton.jit
+def bias_pointers(
+    bias, stride_m, first_row, rows, num_rows, first_key, keys, PER_ROW: tl.constexpr, PER_KEY: tl.constexpr
+):
+    """Pointers to a tile of the bias, broadcastable to the tile.
+
+    Args:
+        bias: pointer to the bias of this batch element and head.
+        first_row, first_key: of the tile, int64. rows, keys: counted from them, shaped as in `tile_logits`.
+        PER_ROW, PER_KEY: whether it differs between queries and between keys.
+    """
+    pointers = bias
+    if PER_ROW:
+        # rows beyond the last read the last: a mask of both axes would cost an address and a predicate per element
+        pointers = pointers + first_row * stride_m + tl.minimum(rows, num_rows - 1 - first_row.to(tl.int32)) * stride_m
+    if PER_KEY:
+        pointers = pointers + first_key + keys
+    return pointers
+
+
+@triton.jit
 def keys_of_rows(first_row, num_rows, num_keys, diagonal, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(full, end) for the queries first_row .. first_row + BLOCK_M: all see every key before `full`, a multiple of
     BLOCK_N, and none sees a key from `end` on. `diagonal` is None for none; `num_keys` is that of this batch element.
@@ -78,15 +116,13 @@ def tile_logits(
     product,
     rows,
     keys,
-    num_rows,
     num_keys,
     scale,
     softcap,
     diagonal,
     bias,
-    stride_bias_m,
-    stride_bias_n,
     BOOLEAN: tl.constexpr,
+    CHECK_BIAS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """(logits, slope) of one tile: logits in base 2, -inf where a query does not see a key; slope = d logit / d (scale
@@ -97,10 +133,11 @@ def tile_logits(
 
     Args:
         product: float32, q.k.
-        num_rows: M; num_keys: the number of keys of this batch element.
+        num_keys: the number of keys of this batch element.
         scale, softcap: as in Logits; softcap is None for none.
         diagonal: as in Logits, None for none.
-        bias: pointer to the bias of this batch element and head, None for none; BOOLEAN if it says what is seen.
+        bias: pointers to the bias of the tile (see bias_pointers), None for none; BOOLEAN if it says what is seen.
+        CHECK_BIAS: whether the pointers may reach beyond num_keys.
         MASKED: whether the tile may reach beyond num_keys or the diagonal. A bias is always applied.
     """
     slope = 1.0
@@ -111,13 +148,14 @@ def tile_logits(
     else:
         logits = product * (scale * LOG2E)
     if bias is not None:
-        pointers = bias + rows.to(tl.int64) * stride_bias_m + keys.to(tl.int64) * stride_bias_n
-        inside = (rows < num_rows) & (keys < num_keys)
+        # rows of a bias are of 16 elements (operands.aligned_bias), so that whole loads can be made up to the end
+        inside = keys < tl.cdiv(num_keys, 16) * 16
+        added = load_tile(bias, inside, None, CHECK_BIAS, False, False)
         if BOOLEAN:
-            logits = tl.where(tl.load(pointers, mask=inside, other=0) != 0, logits, float("-inf"))
+            logits = tl.where(added != 0, logits, float("-inf"))
         else:
             # the least float32 stands for "hardly", and would become -inf, "never", in base 2
-            added = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+            added = added.to(tl.float32)
             logits += tl.where(added == float("-inf"), added, tl.maximum(added, -2.3e38) * LOG2E)
     if MASKED:
         seen = keys < num_keys
