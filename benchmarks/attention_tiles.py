@@ -61,9 +61,9 @@ class Task:
 
 def candidates(kernel: str, shape: Shape, plan: Plan) -> list[Tile]:
     """Tiles of a kernel to be compared: the table's own for this device first, then all others, without repetition."""
-    table = backward.tile_for if kernel in BACKWARD_PRODUCTS else tile_for
     entries = [architecture(plan.device), *ARCHITECTURES]
-    tiles = [table(kernel, entry, plan.dtype, shape.size, shape.size, biased=False) for entry in entries]
+    tangents = "" if kernel in BACKWARD_PRODUCTS else shape.tangents
+    tiles = [tile_for(kernel, entry, plan.dtype, shape.size, tangents=tangents) for entry in entries]
     others = [Tile(*sizes) for sizes in ALTERNATIVES[kernel, 64 if shape.size <= 64 else 128]]
     tiles += [replace(tile, pipelined_remainder=pipelined) for tile in others for pipelined in (False, True)]
     return list(dict.fromkeys(tiles))[: FEW if plan.trial else None]
@@ -103,8 +103,7 @@ class Bench:
         """The launch of a task last, and before it those that it needs the results of."""
         primals, logits = self.inputs.primals, self.inputs.logits
         if task.kernel in BACKWARD_PRODUCTS:
-            size = task.shape.size
-            first = backward.tile_for("queries", self.arch, primals[0].dtype, size, size, biased=False)
+            first = tile_for("queries", self.arch, primals[0].dtype, task.shape.size)
             pair = (task.tile, task.tile) if task.kernel == "queries" else (first, task.tile)
             both = backward.launches(*primals, *self.known, self.do, *self.gradients, logits, self.arch, tiles=pair)
             return both[:1] if task.kernel == "queries" else both

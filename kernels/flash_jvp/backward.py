@@ -1,6 +1,5 @@
 """The gradients of q, k and v by Triton, from O and log-sum-exp of any forward: two launches of `gradient_kernels`."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,35 +18,7 @@ from flash_jvp.operands import (
     stride_unit,
     strides,
 )
-from flash_jvp.tiles import ARCHITECTURES, INTERPRETED, INTERPRETER, Tile, architecture
-
-# Largest head size of an entry, and its tile by architecture, chosen as in `tiles`: few spills, then few instructions
-# per score; speed has not been measured. Smaller tiles for keys, whose pass holds two accumulators.
-_TILES = {
-    "queries": {
-        64: {**dict.fromkeys(ARCHITECTURES, Tile(128, 64, 8, 2)), 100: Tile(128, 64, 8, 2, True)},
-        128: {80: Tile(128, 32, 8, 2), 90: Tile(128, 64, 8, 2), 100: Tile(128, 64, 8, 2), 120: Tile(128, 32, 8, 2)},
-        256: {**dict.fromkeys(ARCHITECTURES, Tile(32, 64, 8, 1)), 100: Tile(64, 64, 8, 1)},
-    },
-    "keys": {
-        64: {
-            80: Tile(64, 128, 8, 2, True),
-            90: Tile(64, 128, 8, 2),
-            100: Tile(64, 128, 8, 2),
-            120: Tile(64, 128, 8, 3, True),
-        },
-        127: {80: Tile(64, 64, 8, 2), 90: Tile(32, 128, 8, 2), 100: Tile(64, 128, 8, 2, True), 120: Tile(64, 64, 8, 2)},
-        128: {
-            80: Tile(64, 64, 8, 2),
-            90: Tile(64, 128, 8, 2, True),
-            100: Tile(64, 128, 8, 2, True),
-            120: Tile(64, 64, 8, 2),
-        },
-        256: {80: Tile(64, 32, 8, 1), 90: Tile(64, 32, 8, 1), 100: Tile(64, 64, 8, 1), 120: Tile(32, 32, 8, 1)},
-    },
-}
-# exact products, for checking results rather than for speed
-_FLOAT32_TILES = {64: Tile(32, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 32, 1)}
+from flash_jvp.tiles import Tile, architecture, tile_for
 
 
 def backward(
@@ -76,22 +47,12 @@ def _unwritten_like(x: Tensor) -> Tensor:
     return empty if empty.stride(-1) == 1 else x.new_empty(x.shape)
 
 
-def tile_for(kernel: str, arch: int, dtype: torch.dtype, *sizes: int, biased: bool) -> Tile:
-    """The tile of the pass over "queries" or over "keys", by the same rules as `tiles.tile_for`."""
-    if arch == INTERPRETER:
-        return INTERPRETED
-    table = _FLOAT32_TILES if dtype == torch.float32 else {size: row[arch] for size, row in _TILES[kernel].items()}
-    tile = next(tile for size, tile in table.items() if max(sizes) <= size)
-    return replace(tile, num_stages=max(1, tile.num_stages - 1)) if biased else tile
-
-
 def launches(
     q, k, v, o, lse, do, dq, dk, dv, logits: Logits, arch: int, *, tiles: tuple[Tile, Tile] | None = None
 ) -> tuple[Launch, Launch]:
     """The launches that write dq, and then dk and dv, with the tiles of an architecture or with those given."""
     if tiles is None:
-        biased = logits.bias is not None
-        sizes = q.shape[-1], v.shape[-1]
+        sizes, biased = (q.shape[-1], v.shape[-1]), logits.bias_is_matrix
         tiles = tuple(tile_for(kernel, arch, q.dtype, *sizes, biased=biased) for kernel in ("queries", "keys"))
     unit = stride_unit(q, k, v, o, do, dq, dk, dv)
     constants = {**common_constants(q, v, logits), "UNIT": unit}

@@ -6,10 +6,13 @@ disassembler of NVIDIA along, so all that is needed is Triton.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,7 @@ POINTERS = {
     torch.int32: "*i32",
     torch.bool: "*i1",
 }
-# what the tests compile; words of one are combined
+BACKWARD = ("queries", "keys")
 MASKS = ("none", "causal", "kv_lens", "key bool", "bool", "key bias", "bias", "softcap")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Z0-9_.]*)(.*)")
 
@@ -148,32 +151,33 @@ def _loops(sass: str) -> tuple[int, ...]:
 
 
 def example(
-    kernel: str, arch: int, dtype: torch.dtype, size: int, tangents: str, mask: str = "none", *, length: int = 4096
+    kernel: str,
+    arch: int,
+    dtype: torch.dtype,
+    size: int,
+    tangents: str = "",
+    mask: str = "none",
+    *,
+    length: int = 4096,
+    group: int = 1,
 ) -> Launch:
-    """The launch of "forward", "fused" or "tangent" for BSHD tensors of a usual shape, without data (device "meta").
+    """The launch of a kernel for BSHD tensors of a usual shape, without data (device "meta").
 
     Args:
+        kernel: "forward", "fused", "tangent", or a pass of BACKWARD, which knows no tangents.
         tangents: which of "q", "k", "v" carry one.
-        mask: one of MASKS.
-        length: M and N.
+        mask: one of MASKS, or words of several.
+        length: M and N; group: how many of the 24 query heads share a key.
     """
-    q = torch.empty(2, length, 24, size, dtype=dtype, device="meta").transpose(1, 2)
-    row = torch.empty(2, 24, length, device="meta")
-    tq, tk, tv = (q if name in tangents else None for name in "qkv")
-    to, mu = (q, row) if tangents else (None, None)
-    logits = masked_logits(mask, q)
-    return fused.launch(q, q, q, tq, tk, tv, q, to, row, mu, logits, arch, known=kernel == "tangent")
-
-
-def backward_example(
-    kernel: str, arch: int, dtype: torch.dtype, size: int, mask: str = "none", *, length: int = 4096, group: int = 1
-) -> Launch:
-    """The launch of the backward over "queries" or "keys", as `example`; `group` query heads share a key."""
     q = torch.empty(2, length, 24, size, dtype=dtype, device="meta").transpose(1, 2)
     k = torch.empty(2, length, 24 // group, size, dtype=dtype, device="meta").transpose(1, 2)
     row = torch.empty(2, 24, length, device="meta")
-    both = backward.launches(q, k, k, q, row, q, q, k, k, masked_logits(mask, q), arch)
-    return both[("queries", "keys").index(kernel)]
+    logits = masked_logits(mask, q)
+    if kernel in BACKWARD:
+        return backward.launches(q, k, k, q, row, q, q, k, k, logits, arch)[BACKWARD.index(kernel)]
+    tq, tk, tv = (x if name in tangents else None for name, x in zip("qkv", (q, k, k), strict=True))
+    to, mu = (q, row) if tangents else (None, None)
+    return fused.launch(q, k, k, tq, tk, tv, q, to, row, mu, logits, arch, known=kernel == "tangent")
 
 
 def masked_logits(mask: str, q: Tensor) -> Logits:
@@ -192,24 +196,41 @@ def masked_logits(mask: str, q: Tensor) -> Logits:
 
 
 def main() -> None:
-    """Print what every configuration of the table compiles to."""
+    """Print what every configuration of the table compiles to, and on sm_90 every mask."""
+    kernels = (("forward", ""), ("fused", "qkv"), ("fused", "q"), ("tangent", "qkv"), ("tangent", "q"))
+    kernels += tuple((kernel, "") for kernel in BACKWARD)
+    unmasked = product(kernels, (64, 72, 128, 256), ARCHITECTURES, ("none",))
+    masked = product((("fused", "qkv"), *kernels[-2:]), (64, 128), (90,), MASKS[1:])
     print(f"Triton {triton.__version__}, bfloat16\n")
-    columns = ("kernel", "tangents", "size", "sm", "tile", "registers", "spills", "matrix", "shared KiB", "loops")
-    widths = (8, 8, 4, 4, 16, 9, 6, 6, 10, 12)
+    columns = (
+        "kernel",
+        "tangents",
+        "size",
+        "sm",
+        "mask",
+        "tile",
+        "registers",
+        "spills",
+        "matrix",
+        "shared KiB",
+        "loops",
+    )
+    widths = (8, 8, 4, 4, 8, 16, 9, 6, 6, 10, 12)
     print("  ".join(name.ljust(width) for name, width in zip(columns, widths, strict=True)))
-    for kernel, tangents in (("forward", ""), ("fused", "qkv"), ("fused", "q"), ("tangent", "qkv"), ("tangent", "q")):
-        for size in (64, 72, 128, 256):
-            for arch in ARCHITECTURES:
-                launch = example(kernel, arch, torch.bfloat16, size, tangents)
-                report, tile = inspect(launch, arch), launch.tile
-                shape = f"{tile.block_m}x{tile.block_n} w{tile.num_warps} s{tile.num_stages}"
-                shape += " p" if tile.pipelined_remainder else ""
-                loops = "+".join(map(str, report.loop_instructions[:2]))
-                cells = (kernel, tangents, size, arch, shape, report.registers, report.spill_stores)
-                cells += (report.matrix_instructions, f"{report.shared_kib:.0f}", loops)
-                line = "  ".join(str(cell).ljust(width) for cell, width in zip(cells, widths, strict=True))
-                print(line.rstrip(), flush=True)
+    for (kernel, tangents), size, arch, mask in chain(unmasked, masked):
+        launch = example(kernel, arch, torch.bfloat16, size, tangents, mask)
+        report, tile = inspect(launch, arch), launch.tile
+        shape = f"{tile.block_m}x{tile.block_n} w{tile.num_warps} s{tile.num_stages}"
+        shape += " p" if tile.pipelined_remainder else ""
+        loops = "+".join(map(str, report.loop_instructions[:2]))
+        cells = (kernel, tangents, size, arch, mask, shape, report.registers, report.spill_stores)
+        cells += (report.matrix_instructions, f"{report.shared_kib:.0f}", loops)
+        line = "  ".join(str(cell).ljust(width) for cell, width in zip(cells, widths, strict=True))
+        print(line.rstrip(), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:  # whoever read it, head for one, has had enough; nothing is left to be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

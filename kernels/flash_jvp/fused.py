@@ -90,7 +90,9 @@ def launch(
     """
     if tile is None:
         kernel = "tangent" if known else "forward" if to is None else "fused"
-        tile = tile_for(kernel, arch, q.dtype, q.shape[-1], v.shape[-1], biased=logits.bias is not None)
+        tangents = "".join(name for name, x in zip("qkv", (tq, tk, tv), strict=True) if x is not None)
+        sizes = q.shape[-1], v.shape[-1]
+        tile = tile_for(kernel, arch, q.dtype, *sizes, tangents=tangents, biased=logits.bias_is_matrix)
     unit = stride_unit(q, k, v, tq, tk, tv, o, to)
     mean_k, mean_tk = key_means(k, tq, tk, logits)
     arguments = {
@@ -249,19 +251,10 @@ def _fused(
             k_tile = load_tile(
                 k + first * stride_k[2] * UNIT + k_offsets, key_inside[None, :], column_inside_k, MASKED, PAD_D, UPCAST
             )
-            bias_tile = None
-            if bias is not None:
-                bias_tile = bias_pointers(
-                    bias,
-                    stride_bias[2],
-                    first_row.to(tl.int64),
-                    tile_rows[:, None],
-                    num_rows,
-                    first,
-                    keys_of_tile[None, :],
-                    BIAS_PER_ROW,
-                    BIAS_PER_KEY,
-                )
+            bias_rows, bias_keys = tile_rows[:, None], keys_of_tile[None, :]
+            bias_tile = bias_pointers(
+                bias, stride_bias[2], first_row, bias_rows, num_rows, start, bias_keys, BIAS_PER_ROW, BIAS_PER_KEY
+            )
             s, slope = tile_logits(
                 tile_product(q_tile, k_tile, None, PRECISION),
                 rows[:, None],

@@ -141,19 +141,10 @@ def gradient_of_queries(
             k_tile = load_tile(
                 k + first * stride_k[2] * UNIT + k_offsets, key_inside, column_inside, MASKED, PAD_D, UPCAST
             )
-            bias_tile = None
-            if bias is not None:
-                bias_tile = bias_pointers(
-                    bias,
-                    stride_bias[2],
-                    first_row.to(tl.int64),
-                    tile_rows[:, None],
-                    num_rows,
-                    first,
-                    keys_of_tile[None, :],
-                    BIAS_PER_ROW,
-                    BIAS_PER_KEY,
-                )
+            bias_rows, bias_keys = tile_rows[:, None], keys_of_tile[None, :]
+            bias_tile = bias_pointers(
+                bias, stride_bias[2], first_row, bias_rows, num_rows, start, bias_keys, BIAS_PER_ROW, BIAS_PER_KEY
+            )
             s, slope = tile_logits(
                 tile_product(q_tile, tl.trans(k_tile), None, PRECISION),
                 rows[:, None],
@@ -335,19 +326,18 @@ def gradient_of_keys(
                 else:
                     row_lse = tl.load(lse + row_pointers)
                     row_delta = tl.load(delta + row_pointers)
-                bias_tile = None
-                if bias is not None:
-                    bias_tile = bias_pointers(
-                        bias_head,
-                        stride_bias[2],
-                        first,
-                        tile_rows[None, :],
-                        num_rows,
-                        first_key.to(tl.int64),
-                        keys_of_tile[:, None],
-                        BIAS_PER_ROW,
-                        BIAS_PER_KEY,
-                    )
+                bias_rows, bias_keys = tile_rows[None, :], keys_of_tile[:, None]
+                bias_tile = bias_pointers(
+                    bias_head,
+                    stride_bias[2],
+                    start,
+                    bias_rows,
+                    num_rows,
+                    first_key,
+                    bias_keys,
+                    BIAS_PER_ROW,
+                    BIAS_PER_KEY,
+                )
                 s, slope = tile_logits(
                     tile_product(k_tile, tl.trans(q_tile), None, PRECISION),
                     rows[None, :],

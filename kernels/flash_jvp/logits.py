@@ -55,6 +55,11 @@ class Logits:
         """Whether a bias is one for all heads and queries, as masks of padding are."""
         return self.bias is not None and all(self.bias.shape[d] == 1 or self.bias.stride(d) == 0 for d in (1, 2))
 
+    @property
+    def bias_is_matrix(self) -> bool:
+        """Whether a bias differs both between queries and between keys."""
+        return self.bias is not None and self.bias.stride(2) != 0 and self.bias.stride(3) != 0
+
     def existing_keys(self, num_keys: int, device: torch.device) -> Tensor | None:
         """Which keys a batch element has, by kv_lens and by a boolean bias by key: bool (B, 1, N); None: all."""
         exists = None if self.kv_lens is None else self.sees_by_length(num_keys, device)

@@ -70,19 +70,21 @@ def offsets(strides, b, h, rows, columns, UNIT: tl.constexpr):
 def bias_pointers(
     bias, stride_m, first_row, rows, num_rows, first_key, keys, PER_ROW: tl.constexpr, PER_KEY: tl.constexpr
 ):
-    """Pointers to a tile of the bias, broadcastable to the tile.
+    """Pointers to a tile of the bias, broadcastable to the tile; None for no bias.
 
     Args:
-        bias: pointer to the bias of this batch element and head.
-        first_row, first_key: of the tile, int64. rows, keys: counted from them, shaped as in `tile_logits`.
+        bias: pointer to the bias of this batch element and head, or None.
+        first_row, first_key: of the tile; rows, keys: counted from them, shaped as in `tile_logits`.
         PER_ROW, PER_KEY: whether it differs between queries and between keys.
     """
     pointers = bias
-    if PER_ROW:
-        # rows beyond the last read the last: a mask of both axes would cost an address and a predicate per element
-        pointers = pointers + first_row * stride_m + tl.minimum(rows, num_rows - 1 - first_row.to(tl.int32)) * stride_m
-    if PER_KEY:
-        pointers = pointers + first_key + keys
+    if bias is not None:
+        if PER_ROW:
+            # rows beyond the last read the last: a mask of both axes costs an address and a predicate per element
+            local = tl.minimum(rows, num_rows - 1 - first_row)
+            pointers = pointers + tl.cast(first_row, tl.int64) * stride_m + local * stride_m
+        if PER_KEY:
+            pointers = pointers + tl.cast(first_key, tl.int64) + keys
     return pointers
 
 

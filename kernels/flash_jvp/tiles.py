@@ -59,7 +59,8 @@ def size_class(*sizes: int) -> int:
 
 # Largest head size of an entry, and its tile by architecture, for float16 and bfloat16: of the tiles tried, those that
 # compile to few spills and few instructions per score (`python -m flash_jvp.compiled`); which of several good ones is
-# fastest has not been measured. Sizes of 65 to 127 are padded to 128, and their masks cost registers.
+# fastest has not been measured. Sizes of 65 to 127 are padded to 128, and their masks cost registers. "queries" and
+# "keys" are the passes of the backward; the second holds two accumulators, and so takes smaller tiles.
 _TILES = {
     "forward": {
         64: dict.fromkeys(ARCHITECTURES, Tile(128, 64, 8, 3)),
@@ -103,22 +104,68 @@ _TILES = {
         },
         256: {80: Tile(32, 32, 8, 1), 90: Tile(32, 32, 8, 1), 100: Tile(64, 32, 8, 1), 120: Tile(32, 32, 8, 1)},
     },
+    "queries": {
+        64: {**dict.fromkeys(ARCHITECTURES, Tile(128, 64, 8, 2)), 100: Tile(128, 64, 8, 2, True)},
+        128: {80: Tile(128, 32, 8, 2), 90: Tile(128, 64, 8, 2), 100: Tile(128, 64, 8, 2), 120: Tile(128, 32, 8, 2)},
+        256: {**dict.fromkeys(ARCHITECTURES, Tile(32, 64, 8, 1)), 100: Tile(64, 64, 8, 1)},
+    },
+    "keys": {
+        64: {
+            80: Tile(64, 128, 8, 2, True),
+            90: Tile(64, 128, 8, 2),
+            100: Tile(64, 128, 8, 2),
+            120: Tile(64, 128, 8, 3, True),
+        },
+        127: {80: Tile(64, 64, 8, 2), 90: Tile(32, 128, 8, 2), 100: Tile(64, 128, 8, 2, True), 120: Tile(64, 64, 8, 2)},
+        128: {
+            80: Tile(64, 64, 8, 2),
+            90: Tile(64, 128, 8, 2, True),
+            100: Tile(64, 128, 8, 2, True),
+            120: Tile(64, 64, 8, 2),
+        },
+        256: {80: Tile(64, 32, 8, 1), 90: Tile(64, 32, 8, 1), 100: Tile(64, 64, 8, 1), 120: Tile(32, 32, 8, 1)},
+    },
+}
+# Where just these carry a tangent, what is not streamed leaves room for a larger tile or one more stage.
+_TILES_OF_TANGENTS = {
+    ("fused", "q"): {64: {90: Tile(128, 64, 8, 4)}, 128: {90: Tile(128, 64, 8, 3)}},
+    ("fused", "v"): {128: {90: Tile(128, 64, 8, 3)}},
+    ("tangent", "q"): {64: {90: Tile(128, 128, 8, 2)}, 128: {90: Tile(128, 64, 8, 3)}},
+    ("tangent", "v"): {128: {90: Tile(128, 128, 8, 2, True)}},
+}
+# Where a bias differs between queries, tiles of it need registers and shared memory: these instead of the above, and
+# elsewhere one stage less.
+_BIASED_TILES = {
+    "fused": {64: {90: Tile(128, 64, 8, 3)}, 128: {90: Tile(128, 32, 8, 3, True)}},
+    "keys": {128: {90: Tile(32, 128, 8, 2, True)}},
 }
 # float32 is multiplied exactly, by ordinary instructions, which hold whole rows in registers: small tiles, and from 128
 # on they spill all the same. It is for checking results, not for speed.
 _FLOAT32_TILES = {64: Tile(32, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 32, 1)}
 
 
-def tile_for(kernel: str, arch: int, dtype: torch.dtype, *sizes: int, biased: bool) -> Tile:
-    """The tile of a kernel ("forward", "fused" or "tangent"), a pure function of what is given here.
+def tile_for(
+    kernel: str, arch: int, dtype: torch.dtype, *sizes: int, tangents: str = "qkv", biased: bool = False
+) -> Tile:
+    """The tile of a kernel, a pure function of what is given here.
 
     Args:
+        kernel: "forward", "fused", "tangent", "queries" or "keys".
         arch: INTERPRETER or an entry of ARCHITECTURES.
         sizes: the head sizes, d and dv, each at most 256.
-        biased: whether there is a bias, whose tiles take the shared memory of one pipeline stage.
+        tangents: which of "q", "k" and "v" carry one, in this order.
+        biased: whether there is a bias that differs between queries and between keys.
     """
     if arch == INTERPRETER:
         return INTERPRETED
-    table = _FLOAT32_TILES if dtype == torch.float32 else {size: row[arch] for size, row in _TILES[kernel].items()}
-    tile = next(tile for size, tile in table.items() if max(sizes) <= size)
+    size = max(sizes)
+    if dtype == torch.float32:
+        return next(tile for largest, tile in _FLOAT32_TILES.items() if size <= largest)
+    rows = _TILES[kernel]
+    size_class = next(largest for largest in rows if size <= largest)
+    own = _BIASED_TILES.get(kernel, {}).get(size_class, {}).get(arch)
+    if biased and own is not None:
+        return own
+    fewer = _TILES_OF_TANGENTS.get((kernel, tangents), {}).get(size_class, {}).get(arch)
+    tile = rows[size_class][arch] if fewer is None else fewer
     return replace(tile, num_stages=max(1, tile.num_stages - 1)) if biased else tile
