@@ -12,6 +12,7 @@ from flash_jvp.logits import Logits
 from flash_jvp.operands import (
     common_arguments,
     common_constants,
+    features,
     key_means,
     require_supported,
     row_constants,
@@ -52,8 +53,10 @@ def launches(
 ) -> tuple[Launch, Launch]:
     """The launches that write dq, and then dk and dv, with the tiles of an architecture or with those given."""
     if tiles is None:
-        sizes, biased = (q.shape[-1], v.shape[-1]), logits.bias_is_matrix
-        tiles = tuple(tile_for(kernel, arch, q.dtype, *sizes, biased=biased) for kernel in ("queries", "keys"))
+        sizes = q.shape[-1], v.shape[-1]
+        tiles = tuple(
+            tile_for(kernel, arch, q.dtype, *sizes, features=features(q, k, logits)) for kernel in ("queries", "keys")
+        )
     unit = stride_unit(q, k, v, o, do, dq, dk, dv)
     constants = {**common_constants(q, v, logits), "UNIT": unit}
     arguments: dict[str, Any] = common_arguments(q, k, v, None, None, None, logits, unit)
@@ -70,7 +73,11 @@ def launches(
             kernel,
             triton.cdiv(rows.shape[2], block) * rows.shape[0] * rows.shape[1],
             {**arguments, **own},
-            {**constants, "PIPELINED": tile.pipelined_remainder, **row_constants(*looped, bias=arguments["bias"])},
+            {
+                **constants,
+                "PIPELINED": tile.pipelined_remainder,
+                **row_constants(*looped, bias=arguments["bias"], arch=arch),
+            },
             tile,
         )
         for kernel, rows, block, own, tile, looped in (

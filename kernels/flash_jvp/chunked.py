@@ -110,9 +110,11 @@ class _Block:
     def tangent_scores(self, q: Tensor, tq: Tensor | None, bend: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Tangent logits (b, Hk, G m, N) less what centring takes off; and before the softcap bent them, if it did."""
         ts = None if tq is None else tq @ self.keys.k.mT
-        if self.keys.tk is not None:
-            through_keys = q @ self.keys.tk.mT
-            ts = through_keys if ts is None else ts.add_(through_keys)
+        if self.keys.tk is not None and ts is None:
+            ts = q @ self.keys.tk.mT
+        elif self.keys.tk is not None:
+            # added as it is made: the product by itself would be one more matrix of scores
+            ts.flatten(0, 1).baddbmm_(q.flatten(0, 1), self.keys.tk.mT.flatten(0, 1))
         if ts is None or bend is None:
             return ts, None
         return ts * (1 - bend.square()), ts

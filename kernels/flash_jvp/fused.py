@@ -20,6 +20,7 @@ from flash_jvp.operands import (
     LENGTHS,
     common_arguments,
     common_constants,
+    features,
     key_means,
     require_supported,
     row_constants,
@@ -92,7 +93,7 @@ def launch(
         kernel = "tangent" if known else "forward" if to is None else "fused"
         tangents = "".join(name for name, x in zip("qkv", (tq, tk, tv), strict=True) if x is not None)
         sizes = q.shape[-1], v.shape[-1]
-        tile = tile_for(kernel, arch, q.dtype, *sizes, tangents=tangents, biased=logits.bias_is_matrix)
+        tile = tile_for(kernel, arch, q.dtype, *sizes, tangents=tangents, features=features(q, k, logits))
     unit = stride_unit(q, k, v, tq, tk, tv, o, to)
     mean_k, mean_tk = key_means(k, tq, tk, logits)
     arguments = {
@@ -108,7 +109,7 @@ def launch(
     }
     constants = {
         **common_constants(q, v, logits),
-        **row_constants(k, v, tk, tv, bias=arguments["bias"]),
+        **row_constants(k, v, tk, tv, bias=arguments["bias"], arch=arch),
         "UNIT": unit,
         "PIPELINED": tile.pipelined_remainder,
         "KNOWN": known,

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from flash_jvp.logits import Logits
-from flash_jvp.tiles import size_class
+from flash_jvp.tiles import INTERPRETER, size_class
 
 LARGEST_SIZE = 256
 LONG_STRIDE = 2**23  # from here on 256 rows, more than any tile has, can lie 2^31 elements apart
@@ -43,6 +43,12 @@ def strides(x: Tensor | None, unit: int) -> tuple[int, ...]:
     return (0, 0, 0) if x is None else tuple(stride // unit for stride in x.stride()[:3])
 
 
+def features(q: Tensor, k: Tensor, logits: Logits) -> tuple[str, ...]:
+    """What tiles depend on besides architecture, dtype, sizes and tangents, as `tiles.tile_for` takes it."""
+    has = {"biased": logits.bias_is_matrix, "capped": logits.softcap > 0, "grouped": q.shape[1] != k.shape[1]}
+    return tuple(name for name, present in has.items() if present)
+
+
 def aligned_bias(bias: Tensor) -> Tensor:
     """The bias with rows of a multiple of 16 elements, which a kernel can read 16 at once up to the end of a row.
 
@@ -58,12 +64,16 @@ def aligned_bias(bias: Tensor) -> Tensor:
     return padded.expand(*bias.shape[:3], -1)
 
 
-def row_constants(*looped: Tensor | None, bias: Tensor | None) -> dict[str, bool]:
-    """What a kernel has to know of the rows of the matrices it goes over: LONG offsets, and ONE_STRIDE for all."""
+def row_constants(*looped: Tensor | None, bias: Tensor | None, arch: int) -> dict[str, bool]:
+    """What a kernel has to know of the rows of the matrices it goes over: LONG offsets, and ONE_STRIDE for all.
+
+    One set of offsets saves spills where registers hold little but accumulators, as wgmma and tcgen05 have it; with the
+    older mma.sync it costs up to 8 spill stores.
+    """
     steps = {x.stride(2) for x in looped if x is not None}
     return {
         "LONG": max(steps | ({bias.stride(2)} if bias is not None else set())) >= LONG_STRIDE,
-        "ONE_STRIDE": len(steps) == 1,
+        "ONE_STRIDE": len(steps) == 1 and arch in (INTERPRETER, 90, 100),
     }
 
 

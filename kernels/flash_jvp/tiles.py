@@ -106,15 +106,21 @@ _TILES = {
     },
     "queries": {
         64: {**dict.fromkeys(ARCHITECTURES, Tile(128, 64, 8, 2)), 100: Tile(128, 64, 8, 2, True)},
+        127: {
+            80: Tile(128, 32, 8, 2),
+            90: Tile(128, 64, 8, 2),
+            100: Tile(128, 64, 8, 2),
+            120: Tile(128, 32, 8, 2, True),
+        },
         128: {80: Tile(128, 32, 8, 2), 90: Tile(128, 64, 8, 2), 100: Tile(128, 64, 8, 2), 120: Tile(128, 32, 8, 2)},
         256: {**dict.fromkeys(ARCHITECTURES, Tile(32, 64, 8, 1)), 100: Tile(64, 64, 8, 1)},
     },
     "keys": {
         64: {
-            80: Tile(64, 128, 8, 2, True),
+            80: Tile(32, 128, 8, 2, True),
             90: Tile(64, 128, 8, 2),
             100: Tile(64, 128, 8, 2),
-            120: Tile(64, 128, 8, 3, True),
+            120: Tile(32, 128, 8, 2, True),
         },
         127: {80: Tile(64, 64, 8, 2), 90: Tile(32, 128, 8, 2), 100: Tile(64, 128, 8, 2, True), 120: Tile(64, 64, 8, 2)},
         128: {
@@ -133,11 +139,12 @@ _TILES_OF_TANGENTS = {
     ("tangent", "q"): {64: {90: Tile(128, 128, 8, 2)}, 128: {90: Tile(128, 64, 8, 3)}},
     ("tangent", "v"): {128: {90: Tile(128, 128, 8, 2, True)}},
 }
-# Where a bias differs between queries, tiles of it need registers and shared memory: these instead of the above, and
-# elsewhere one stage less.
-_BIASED_TILES = {
-    "fused": {64: {90: Tile(128, 64, 8, 3)}, 128: {90: Tile(128, 32, 8, 3, True)}},
-    "keys": {128: {90: Tile(32, 128, 8, 2, True)}},
+# What costs registers or shared memory besides, and its tiles. A bias without one of its own takes one stage less.
+_FEATURE_TILES = {
+    ("fused", "biased"): {64: {90: Tile(128, 64, 8, 3)}, 128: {90: Tile(128, 32, 8, 3, True)}},
+    ("keys", "biased"): {64: {90: Tile(64, 128, 8, 2)}, 128: {90: Tile(32, 128, 8, 2, True)}},
+    ("keys", "capped"): {128: {90: Tile(32, 128, 8, 2, True)}},
+    ("keys", "grouped"): {128: {90: Tile(32, 128, 8, 2, True)}},
 }
 # float32 is multiplied exactly, by ordinary instructions, which hold whole rows in registers: small tiles, and from 128
 # on they spill all the same. It is for checking results, not for speed.
@@ -145,7 +152,12 @@ _FLOAT32_TILES = {64: Tile(32, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16,
 
 
 def tile_for(
-    kernel: str, arch: int, dtype: torch.dtype, *sizes: int, tangents: str = "qkv", biased: bool = False
+    kernel: str,
+    arch: int,
+    dtype: torch.dtype,
+    *sizes: int,
+    tangents: str = "qkv",
+    features: tuple[str, ...] = (),
 ) -> Tile:
     """The tile of a kernel, a pure function of what is given here.
 
@@ -154,7 +166,8 @@ def tile_for(
         arch: INTERPRETER or an entry of ARCHITECTURES.
         sizes: the head sizes, d and dv, each at most 256.
         tangents: which of "q", "k" and "v" carry one, in this order.
-        biased: whether there is a bias that differs between queries and between keys.
+        features: some of "biased" (by a bias that differs between queries and between keys), "capped" (by a softcap)
+            and "grouped" (several query heads share a key), in this order.
     """
     if arch == INTERPRETER:
         return INTERPRETED
@@ -163,9 +176,10 @@ def tile_for(
         return next(tile for largest, tile in _FLOAT32_TILES.items() if size <= largest)
     rows = _TILES[kernel]
     size_class = next(largest for largest in rows if size <= largest)
-    own = _BIASED_TILES.get(kernel, {}).get(size_class, {}).get(arch)
-    if biased and own is not None:
-        return own
+    for feature in features:
+        own = _FEATURE_TILES.get((kernel, feature), {}).get(size_class, {}).get(arch)
+        if own is not None:
+            return own
     fewer = _TILES_OF_TANGENTS.get((kernel, tangents), {}).get(size_class, {}).get(arch)
     tile = rows[size_class][arch] if fewer is None else fewer
-    return replace(tile, num_stages=max(1, tile.num_stages - 1)) if biased else tile
+    return replace(tile, num_stages=max(1, tile.num_stages - 1)) if "biased" in features else tile

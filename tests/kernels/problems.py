@@ -164,6 +164,23 @@ def _logits(problem: Problem, generator: torch.Generator) -> Logits:
     )
 
 
+# shapes of a bias as M, N and whether it is of another row length in memory: what broadcasts, and what is read how
+BIAS_SHAPES = [("rows", "keys"), ("rows", "one"), ("one", "keys"), ("one", "one"), ("rows", "slice")]
+
+
+def with_bias(problem: Problem, shape: tuple[str, str], boolean: bool) -> Tensors:
+    """The tensors of a problem with a bias per head of one of BIAS_SHAPES; if boolean, some query may see nothing."""
+    tensors, (num_queries, num_keys) = make(problem), problem.lengths
+    sizes = {"rows": num_queries, "keys": num_keys, "one": 1, "slice": num_keys + 5}
+    generator = torch.Generator().manual_seed(3)
+    drawn = torch.randn(problem.batch, problem.heads, *(sizes[name] for name in shape), generator=generator)
+    bias = (drawn > -0.7 if boolean else drawn.to(problem.dtype)).to(problem.device)
+    if shape[1] == "slice":
+        bias = bias[..., 3 : 3 + num_keys]
+    bias = bias.expand(problem.batch, problem.heads, num_queries, num_keys)
+    return replace(tensors, logits=replace(tensors.logits, bias=bias))
+
+
 def _answer(tensors: Tensors, dtype: torch.dtype) -> Answer:
     primals = tuple(x.to(dtype) for x in tensors.primals)
     tangents = tuple(

@@ -4,7 +4,19 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from problems import DEVICES, DTYPES, GRADIENT_TOLERANCE, MASKS, Problem, covering, has_one_key, make, relative_error
+from problems import (
+    BIAS_SHAPES,
+    DEVICES,
+    DTYPES,
+    GRADIENT_TOLERANCE,
+    MASKS,
+    Problem,
+    covering,
+    has_one_key,
+    make,
+    relative_error,
+    with_bias,
+)
 from torch import Tensor
 
 from flash_jvp import fused, reference
@@ -89,6 +101,16 @@ def test_gradients_agree_with_float64_and_are_no_worse_than_plain_autograd(probl
         error, worst = relative_error(x, exact), relative_error(usual, exact)
         assert error <= GRADIENT_TOLERANCE[problem.dtype], f"d{name} is off by {error:.1e}"
         assert not error > worst + FLOAT32_ROUNDING, f"d{name} is off by {error:.1e}, plain by {worst:.1e}"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("boolean", [True, False])
+@pytest.mark.parametrize("shape", BIAS_SHAPES)
+def test_a_bias_may_broadcast_and_lie_anywhere(shape, boolean, device):
+    tensors = with_bias(Problem(lengths=(37, 43), mask="kv_lens", device=device), shape, boolean)
+    true = by_autograd(tensors, torch.float64)
+    for x, exact in zip(run(tensors, true), true.gradients, strict=True):
+        assert relative_error(x, exact) <= GRADIENT_TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("device", DEVICES)

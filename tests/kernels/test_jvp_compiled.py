@@ -22,12 +22,11 @@ SIZES = [64, 72, 128, 256]
 BUDGETS = {
     ("forward", 72): {80: 2},
     ("fused", 72): {80: 24, 120: 46},
-    ("fused", 128): {80: 26, 120: 49},
+    ("fused", 128): {80: 26, 120: 47},
     ("fused", 256): {80: 23, 90: 37, 100: 42, 120: 27},
     ("tangent", 72): {80: 20, 120: 23},
     ("tangent", 256): {80: 21, 90: 30, 120: 29},
     ("queries", 72): {120: 13},
-    ("keys", 64): {80: 2, 120: 5},  # on sm_80 1 with Triton 3.7.1
 }
 FLOAT32_BUDGETS = {
     "fused": {64: 0, 128: 147, 256: 979},
@@ -95,8 +94,9 @@ def test_lengths_are_not_compiled_apart(mask):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("size", [64, 128, 256])
-@pytest.mark.parametrize("kernel", ["fused", *BACKWARD])
+@pytest.mark.parametrize(
+    ("kernel", "size"), [("fused", 256), *((kernel, size) for kernel in ("fused", *BACKWARD) for size in (64, 128))]
+)
 def test_all_masks_together_fit_too(kernel, size, arch):
     mask = "causal kv_lens bias float32 softcap"
     assert fits(inspect(example(kernel, arch, torch.float16, size, "qkv", mask, group=3), arch), arch)
@@ -149,9 +149,10 @@ def test_rows_of_keys_and_values_may_be_unequally_far_apart(mask):
 
 def test_tiles_depend_on_nothing_but_their_arguments():
     sizes, kernels = (16, 64, 72, 80, 96, 128, 160, 256), ("forward", "fused", "tangent", *BACKWARD)
-    for kernel, arch, size, biased in itertools.product(kernels, ARCHITECTURES, sizes, (False, True)):
+    features = ((), ("biased",), ("capped", "grouped"))
+    for kernel, arch, size, which in itertools.product(kernels, ARCHITECTURES, sizes, features):
         for dtype, tangents in itertools.product((torch.float16, torch.bfloat16, torch.float32), ("q", "v", "qkv")):
-            options = {"tangents": tangents, "biased": biased}
+            options = {"tangents": tangents, "features": which}
             tile = tile_for(kernel, arch, dtype, size, 16, **options)
             assert isinstance(tile, Tile) and tile == tile_for(kernel, arch, dtype, 16, size, **options)
     assert architecture(torch.device("cpu")) == 0

@@ -6,6 +6,7 @@ import pytest
 import torch
 import triton.language as tl
 from problems import (
+    BIAS_SHAPES,
     DEVICES,
     DTYPES,
     FORWARD_TOLERANCE,
@@ -18,6 +19,7 @@ from problems import (
     relative_error,
     solvable,
     truth,
+    with_bias,
 )
 from triton.runtime.jit import JITFunction
 
@@ -160,6 +162,14 @@ def test_tangents_may_be_broadcast(device):
         tensors, tq=tensors.tq[:1, :1].expand_as(tensors.tq), tv=tensors.tv[:, :, :1].expand_as(tensors.tv)
     )
     check(run(batched), batched, FORWARD_TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("boolean", [True, False])
+@pytest.mark.parametrize("shape", BIAS_SHAPES)
+def test_a_bias_may_broadcast_and_lie_anywhere(shape, boolean, device):
+    tensors = with_bias(Problem(lengths=(37, 43), mask="kv_lens", device=device), shape, boolean)
+    check(run(tensors), tensors, FORWARD_TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("device", DEVICES)
