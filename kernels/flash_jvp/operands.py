@@ -67,13 +67,15 @@ def aligned_bias(bias: Tensor) -> Tensor:
 def row_constants(*looped: Tensor | None, bias: Tensor | None, arch: int) -> dict[str, bool]:
     """What a kernel has to know of the rows of the matrices it goes over: LONG offsets, and ONE_STRIDE for all.
 
-    One set of offsets saves spills where registers hold little but accumulators, as wgmma and tcgen05 have it; with the
-    older mma.sync it costs up to 8 spill stores.
+    One set of offsets saves up to 45 spill stores with wgmma and tcgen05, and 31 above a head size of 128. With the
+    older mma.sync and smaller heads it costs up to 8.
     """
-    steps = {x.stride(2) for x in looped if x is not None}
+    present = [x for x in looped if x is not None]
+    steps = {x.stride(2) for x in present}
+    saves = arch in (INTERPRETER, 90, 100) or max(x.shape[3] for x in present) > 128
     return {
         "LONG": max(steps | ({bias.stride(2)} if bias is not None else set())) >= LONG_STRIDE,
-        "ONE_STRIDE": len(steps) == 1 and arch in (INTERPRETER, 90, 100),
+        "ONE_STRIDE": saves and len(steps) == 1,
     }
 
 
