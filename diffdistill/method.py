@@ -131,6 +131,8 @@ class Method(ABC):
     Config: a frozen dataclass, a MethodConfig of its own, whose ranges are checked in __post_init__.
     reference: the paper.
     needs_teacher: whether `Networks.teacher` must be there.
+    presets: data sets with a recipe of the paper's in configs/ and a recommended one beside it.
+    example: what a recipe of this method must say beyond the customary, section by section.
     """
 
     Config: ClassVar[type[MethodConfig]]
@@ -138,6 +140,8 @@ class Method(ABC):
     needs_teacher: ClassVar[bool]
     reads: ClassVar[str]  # in words: the names in streams(), and when
     trains: ClassVar[str]  # in words: the names in players()
+    presets: ClassVar[tuple[str, ...]] = ()
+    example: ClassVar[Mapping[str, Mapping]] = {}
 
     generator: Sampler  # what is sampled, evaluated and exported
     teacher: Teacher | None = None  # what it learns from, if anything

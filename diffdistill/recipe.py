@@ -24,22 +24,40 @@ from diffdistill.methods import METHODS
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The experiment in a YAML file, in which each key=value override replaces what stands at its key.
 
+    A file may begin from another: `base: other.yaml`, a path from its own folder, takes all of that file but what it
+    says itself. Mappings are joined key by key, anything else is replaced.
+
     Raises:
         ConfigError: anything that is not as it should be.
     """
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     if not path.is_file():
         raise ConfigError(f"there is no configuration at {path}; configs/ holds examples")
     try:
         tree = OmegaConf.load(path)
+        if isinstance(tree, DictConfig) and "base" in tree:
+            tree = _on_base(tree, path)
         for key, value in _assignments(overrides):
             OmegaConf.update(tree, key, value, merge=False)
         values = OmegaConf.to_container(tree, resolve=True)
     except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a valid configuration: {error}") from error
     return parse(values)
+
+
+def _on_base(tree: Any, path: Path) -> Any:
+    """What a file says, joined with the file that it names as its base."""
+    from omegaconf import OmegaConf
+
+    base = path.parent / str(tree.pop("base"))
+    if not base.is_file():
+        raise ConfigError(f"{path} names base={base}, which is no file; give a path from the folder of {path.name}")
+    under = OmegaConf.load(base)
+    if "base" in under:
+        raise ConfigError(f"{path} names base={base}, which has a base of its own; name that one, and say all changes")
+    return OmegaConf.merge(under, tree)
 
 
 def sections(overrides: Sequence[str], known: Sequence[str]) -> dict[str, dict[str, Any]]:

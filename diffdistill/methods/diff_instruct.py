@@ -29,6 +29,7 @@ class DiffInstruct(ScoreMethod):
         critic_times: TimeSampler = field(default_factory=LogNormal)
 
     reference = "Luo et al. 2023, arXiv:2305.18455"
+    presets = ("cifar10", "imagenet64")
 
     def match(self, fake: Tensor, cond: Condition, rng: Rng) -> Loss:
         with torch.no_grad():  # detached: both scores are constants

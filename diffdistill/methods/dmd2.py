@@ -33,6 +33,7 @@ class DMD2(ScoreMethod):
                 raise ValueError(f"method.normaliser_floor must be positive, got {self.normaliser_floor}")
 
     reference = "Yin et al. 2024, arXiv:2405.14867"
+    presets = ("cifar10", "imagenet64")
 
     def match(self, fake: Tensor, cond: Condition, rng: Rng) -> Loss:
         with torch.no_grad():  # detached: DMD treats both scores as constants

@@ -38,6 +38,7 @@ class SiD(ScoreMethod):
                 raise ValueError(f"method.normaliser_floor must be positive, got {self.normaliser_floor}")
 
     reference = "Zhou et al. 2024, arXiv:2404.04057"
+    presets = ("cifar10", "imagenet64")
 
     def match(self, fake: Tensor, cond: Condition, rng: Rng) -> Loss:
         x_t, t, _ = self.noised(fake, rng)

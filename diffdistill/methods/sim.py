@@ -36,6 +36,7 @@ class SIM(ScoreMethod):
                 raise ValueError(f"method.huber must be positive, got {self.huber}; distance=squared has none")
 
     reference = "Luo et al. 2024, arXiv:2410.16794"
+    presets = ("cifar10", "imagenet64")
 
     def match(self, fake: Tensor, cond: Condition, rng: Rng) -> Loss:
         x_t, t, _ = self.noised(fake, rng)

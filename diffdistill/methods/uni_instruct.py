@@ -50,6 +50,7 @@ class UniInstruct(ScoreMethod):
                 raise ValueError(f"method.normaliser_floor must be positive, got {self.normaliser_floor}")
 
     reference = "Wang et al. 2025, arXiv:2505.20755"
+    presets = ("cifar10", "imagenet64")
 
     def match(self, fake: Tensor, cond: Condition, rng: Rng) -> Loss:
         config, process, divergence = self.config, self.generator.process, DIVERGENCES[self.config.divergence]
