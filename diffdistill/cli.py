@@ -235,7 +235,14 @@ def parser() -> argparse.ArgumentParser:
     cluster.add_argument("--seed", type=int, default=0)
     for part in (join, cluster):
         part.add_argument("--out", type=Path, required=True)
-    command("methods", _methods, "List the methods.", "diffdistill methods")
+    listing = command(
+        "methods",
+        _methods,
+        "List the methods: what each needs and costs, or the settings and an example of one.",
+        "diffdistill methods",
+        "diffdistill methods dmd2",
+    )
+    listing.add_argument("name", nargs="?", metavar="METHOD", default="", help="one of them, in detail")
     return top
 
 
@@ -346,13 +353,10 @@ def _cluster(options: argparse.Namespace) -> None:
 
 
 def _methods(options: argparse.Namespace) -> None:
-    from diffdistill.methods import METHODS
+    from diffdistill import catalogue
+    from diffdistill.recipe import known_method
 
-    width = max(map(len, METHODS)) + 2
-    for name, kind in METHODS.items():
-        teacher = "a teacher" if kind.needs_teacher else "no teacher"
-        print(f"{name:<{width}}{kind.reference}")
-        print(f"{'':<{width}}needs {teacher}; reads {kind.reads}; trains {kind.trains}")
+    print(catalogue.details(known_method(options.name, "METHOD")) if options.name else catalogue.overview())
 
 
 if __name__ == "__main__":

@@ -139,10 +139,15 @@ def _method(value: Any, key: str) -> MethodConfig:
     """The settings of the method that `value` names."""
     if not isinstance(value, dict) or "name" not in value:
         raise ConfigError(f"{key}.name is missing; known are {', '.join(METHODS)}")
-    name = value["name"]
-    if name not in METHODS:
-        raise ConfigError(f"{key}.name={name!r} is unknown{_nearest(name, METHODS)}; known are {', '.join(METHODS)}")
+    name = known_method(value["name"], f"{key}.name")
     return typed(METHODS[name].Config, {option: given for option, given in value.items() if option != "name"}, key)
+
+
+def known_method(name: Any, key: str) -> str:
+    """The name of a method, after looking that it is one; `key` is where it stands, for messages."""
+    if name not in METHODS:
+        raise ConfigError(f"{key}={name!r} is unknown{_nearest(name, METHODS)}; known are {', '.join(METHODS)}")
+    return name
 
 
 def typed(kind: Any, value: Any, key: str) -> Any:

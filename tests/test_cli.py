@@ -153,6 +153,11 @@ def test_methods_are_listed_with_reference_and_needs(capsys):
     out = capsys.readouterr().out
     assert "dmd2" in out and "arXiv:2405.14867" in out
     assert "needs a teacher; reads conditions, and images where the GAN term is on; trains generator, critic" in out
+    assert "memory 9 (3 networks, 2 trained)" in out
+    command("methods", "sid")
+    out = capsys.readouterr().out
+    assert "alpha: 1.0" in out and "configs/cifar10/sid.yaml" in out and "method: {name: sid}" in out
+    assert "METHOD='dmd' is unknown (did you mean dmd2?)" in refused(capsys, "methods", "dmd")
 
 
 @pytest.mark.parametrize(

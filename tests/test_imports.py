@@ -66,7 +66,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "api": {"*"},
     "pages": {"pages"},
     "comparing": {"*"},
-    "cli": {"api", "comparing", "hooks", "kmeans", "memory", "methods", "recipe", "trainer"},
+    "cost": NETWORKS | {"backbones", "config", "method"},
+    "catalogue": {"config", "cost", "method", "methods", "recipe", "yaml"},
+    "cli": {"api", "catalogue", "comparing", "hooks", "kmeans", "memory", "methods", "recipe", "trainer"},
     "demo": {"api", "cli", "config", "data", "evaluation", "generator", "recipe"},
 }
 ANYWHERE = {"torch", "numpy", "PIL", "safetensors", *sys.stdlib_module_names}

@@ -23,7 +23,7 @@ class Denoise(Method):
     @dataclass(frozen=True)
     class Config(MethodConfig):
         space: Prediction = Prediction.F  # the space whose squared error is minimised
-        times: TimeSampler = field(default_factory=LogNormal)
+        times: TimeSampler = field(default_factory=LogNormal)  # of the noised images
         condition_dropout: float = 0.0  # share of samples trained without condition, for guidance
 
         def __post_init__(self):

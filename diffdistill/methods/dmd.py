@@ -25,8 +25,8 @@ class DMD(DMD2):
     @dataclass(frozen=True)
     class Config(DMD2.Config):
         ratio: int = 1
-        regression_weight: float = 0.25
-        distance: Literal["pseudo_huber", "squared"] = "pseudo_huber"
+        regression_weight: float = 0.25  # 0 turns the regression off, and reads no pairs
+        distance: Literal["pseudo_huber", "squared"] = "pseudo_huber"  # of a sample from the end of its pair
         huber: float = 5.4e-4  # of the pseudo-Huber distance, per root of the sample's size, as in iCT
 
         def __post_init__(self):
@@ -37,6 +37,7 @@ class DMD(DMD2):
                 raise ValueError(f"method.huber must be positive, got {self.huber}; distance=squared has none")
 
     reference = "Yin et al. 2023, arXiv:2311.18828"
+    presets = ("cifar10", "imagenet64")
     reads = "conditions, pairs where the regression is on, and images where the GAN term is on"
 
     def __init__(self, config: Config, networks: Networks):

@@ -25,7 +25,7 @@ class DMD2(ScoreMethod):
 
     @dataclass(frozen=True)
     class Config(ScoreConfig):
-        normaliser_floor: float = 1e-5
+        normaliser_floor: float = 1e-5  # of mean |x - mu_real| of each sample
 
         def __post_init__(self):
             ScoreConfig.__post_init__(self)

@@ -33,9 +33,9 @@ class FDistill(ScoreMethod):
         gan_critic_weight: float = 1e-2
         gan_times: TimeSampler = field(default_factory=Uniform)
         divergence: str = "forward_kl"  # best on CIFAR-10 in the paper; jensen_shannon on ImageNet-64
-        ratio_range: tuple[float, float] = (0.1, 20.0)
+        ratio_range: tuple[float, float] = (0.1, 20.0)  # to which the density ratio is clamped
         normalised: bool = True  # by mean |x - mu_real| of each sample, as DMD
-        normaliser_floor: float = 1e-5
+        normaliser_floor: float = 1e-5  # of that mean
 
         def __post_init__(self):
             ScoreConfig.__post_init__(self)
@@ -46,6 +46,7 @@ class FDistill(ScoreMethod):
                 raise ValueError(f"method.normaliser_floor must be positive, got {self.normaliser_floor}")
 
     reference = "Xu et al. 2025, arXiv:2502.15681"
+    reads = "conditions, images"
     presets = ("cifar10", "imagenet64")
 
     def match(self, fake: Tensor, cond: Condition, rng: Rng) -> Loss:

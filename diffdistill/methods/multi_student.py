@@ -45,9 +45,9 @@ class MultiStudent(Method):
 
     @dataclass(frozen=True)
     class Config(MethodConfig):
-        students: int
+        students: int  # how many
         inside: MethodConfig  # what trains each
-        shares: Shares = field(default_factory=Blocks)
+        shares: Shares = field(default_factory=Blocks)  # of the classes: blocks, lists, or clusters
         only: int = -1  # train this student alone, as a run of its own; -1: all in this run
 
         def __post_init__(self):
@@ -66,6 +66,7 @@ class MultiStudent(Method):
             return range(self.students) if self.only < 0 else (self.only,)
 
     reference = "Song et al. 2024, arXiv:2410.23274"
+    example = {"method": {"students": 2, "inside": {"name": "dmd2", "ratio": 1}}}
     needs_teacher = True
     reads = "what the method inside reads, for each student k as k/conditions, k/images, k/pairs"
     trains = "what the method inside trains, for each student k as k/generator, k/critic, ..."

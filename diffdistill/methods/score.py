@@ -20,15 +20,15 @@ from diffdistill.times import TimeSampler, Uniform
 class ScoreConfig(MethodConfig):
     """The settings of every score method; a method adds its own and may give others as defaults."""
 
-    time_scale: Literal["interleaved", "alternating"] = "interleaved"
+    time_scale: Literal["interleaved", "alternating"] = "interleaved"  # alternating: no fit in the first iteration
     ratio: int = 5  # iterations per generator update
-    match_times: TimeSampler = field(default_factory=lambda: Uniform(0.02, 0.98))
-    critic_times: TimeSampler = field(default_factory=Uniform)
+    match_times: TimeSampler = field(default_factory=lambda: Uniform(0.02, 0.98))  # at which scores are compared
+    critic_times: TimeSampler = field(default_factory=Uniform)  # at which the critic learns
     critic_space: Prediction = Prediction.F  # the space whose squared error the critic minimises
     stops: Literal["rotating", "random"] = "random"  # where simulation stops; random is the papers'
     gan_weight: float = 0.0  # of the generator's GAN term; 3e-3 for ImageNet-64 in DMD2's code
     gan_critic_weight: float = 0.0  # of the discriminator's loss; 1e-2 in DMD2's code
-    gan_times: TimeSampler = field(default_factory=Uniform)
+    gan_times: TimeSampler = field(default_factory=Uniform)  # of the noised samples that are told apart
     match_weight: float = 1.0  # 0 leaves the GAN term alone
 
     def __post_init__(self):

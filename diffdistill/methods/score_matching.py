@@ -24,7 +24,7 @@ class ScoreMatching(Method):
     @dataclass(frozen=True)
     class Config(MethodConfig):
         space: Prediction = Prediction.F  # the space whose squared difference is minimised; F has EDM's weight
-        times: TimeSampler = field(default_factory=LogNormal)
+        times: TimeSampler = field(default_factory=LogNormal)  # of the noised images
 
     reference = "Song et al. 2024, arXiv:2410.23274 (teacher score matching)"
     needs_teacher = True

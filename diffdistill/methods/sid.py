@@ -28,9 +28,9 @@ class SiD(ScoreMethod):
         ratio: int = 1
         match_times: TimeSampler = field(default_factory=lambda: Uniform(0.0, 0.8))  # up to sigma 24.4 on EDM
         critic_times: TimeSampler = field(default_factory=LogNormal)
-        alpha: float = 1.0
+        alpha: float = 1.0  # 1/2 for the true Fisher divergence, 1 for SIM's; 1.2 in the paper
         normalised: bool = True  # by mean |x - mu_real| of each sample, as the code does
-        normaliser_floor: float = 1e-5
+        normaliser_floor: float = 1e-5  # of that mean
 
         def __post_init__(self):
             ScoreConfig.__post_init__(self)

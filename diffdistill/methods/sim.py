@@ -27,7 +27,7 @@ class SIM(ScoreMethod):
         ratio: int = 1
         match_times: TimeSampler = field(default_factory=lambda: Uniform(0.0, 0.8))
         critic_times: TimeSampler = field(default_factory=LogNormal)
-        distance: Literal["pseudo_huber", "squared"] = "pseudo_huber"
+        distance: Literal["pseudo_huber", "squared"] = "pseudo_huber"  # between the two scores
         huber: float = 5.4e-4  # the paper does not say; the constant of Song and Dhariwal 2023 (iCT), per root of size
 
         def __post_init__(self):

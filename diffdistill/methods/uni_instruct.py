@@ -35,11 +35,11 @@ class UniInstruct(ScoreMethod):
         critic_times: TimeSampler = field(default_factory=LogNormal)
         gan_weight: float = 1e-2
         gan_critic_weight: float = 1e-2
-        divergence: str = "forward_kl"
-        ratio_range: tuple[float, float] = (0.1, 20.0)
-        ratio_grad: Literal["score_injected", "detached"] = "score_injected"
+        divergence: str = "forward_kl"  # of the eight in divergences.py
+        ratio_range: tuple[float, float] = (0.1, 20.0)  # to which the density ratio is clamped
+        ratio_grad: Literal["score_injected", "detached"] = "score_injected"  # exact, or as in released code
         normalised: bool = True  # by mean |x - mu_real| of each sample, as SiD
-        normaliser_floor: float = 1e-5
+        normaliser_floor: float = 1e-5  # of that mean
 
         def __post_init__(self):
             ScoreConfig.__post_init__(self)
@@ -50,6 +50,7 @@ class UniInstruct(ScoreMethod):
                 raise ValueError(f"method.normaliser_floor must be positive, got {self.normaliser_floor}")
 
     reference = "Wang et al. 2025, arXiv:2505.20755"
+    reads = "conditions, images"
     presets = ("cifar10", "imagenet64")
 
     def match(self, fake: Tensor, cond: Condition, rng: Rng) -> Loss:

@@ -1,0 +1,128 @@
+"""What a step of a method costs, counted and not declared: it is taken on toy networks, and every pass is noted."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.backbones.mlp import MLP
+from diffdistill.config import Config, StepsConfig
+from diffdistill.critic import Critic, DiscriminatorHead
+from diffdistill.denoiser import Denoiser
+from diffdistill.generator import Generator
+from diffdistill.method import Action, Method, Networks, Sample, Term, method_of
+from diffdistill.prediction import Prediction
+from diffdistill.process import VE
+from diffdistill.rng import Rng
+from diffdistill.teacher import Teacher
+
+WIDTH, NUM_CLASSES, SAMPLES, STEPS = 4, 4, 4, 4
+TAP = "layers.0"
+ROLES = ("generator", "critic", "teacher")
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Through one kind of network, for each sample of the batch and each step, on average over the first few steps.
+
+    A guided teacher and a batch of real and generated samples count twice; a pass that ends at tapped features, and a
+    backward pass that only carries gradient to the input, count as whole ones.
+    """
+
+    forward: float = 0.0
+    backward: float = 0.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """passes: by kind of network, generator, critic, teacher. networks: held in memory. trained: how many of them."""
+
+    passes: Mapping[str, Passes]
+    networks: int
+    trained: int
+
+    @property
+    def memory(self) -> int:
+        """What all networks hold throughout a run, in units of the generator's weights: those that train have a
+        gradient and two moments as well. Averages of the generator and activations come on top."""
+        return self.networks + 3 * self.trained
+
+
+class Sketch:
+    """A recipe's method on toy networks: its grid, guidance and trunk, and the teacher's shape for every network."""
+
+    def __init__(self, config: Config):
+        self.config, self.passes, self._denoisers = config, dict[str, Passes](), list[Denoiser]()
+        grid = config.generator.grid
+        first = VE().t_max if isinstance(grid, StepsConfig) else grid[0]
+        self._process = VE(sigma_max=first)
+        self._grid = self._process.grid(grid.steps) if isinstance(grid, StepsConfig) else grid
+        kind = method_of(config.method)
+        guidance = 1.0 if config.teacher is None else config.teacher.guidance
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self._teacher = Teacher(self._denoiser("teacher"), guidance=guidance) if kind.needs_teacher else None
+            self.method: Method = kind(config.method, Networks(self._generator, self._critic, self._teacher))
+
+    def cost(self) -> Cost:
+        """Of the steps, counted."""
+        for step in range(STEPS):
+            for index, item in enumerate(self.method.plan(step)):
+                if isinstance(item, Action):
+                    item.act(self.method.players())
+                    continue
+                for term in item.terms:
+                    self._take(term, Rng((step, index, term.player, term.name), range(SAMPLES)))
+        share = SAMPLES * STEPS
+        seen = sorted(self.passes.items(), key=lambda item: ROLES.index(item[0]))
+        passes = {role: Passes(p.forward / share, p.backward / share) for role, p in seen}
+        trained = {id(parameter) for spec in self.method.players().values() for parameter in spec.parameters.values()}
+        training = sum(any(id(parameter) in trained for parameter in model.parameters()) for model in self._denoisers)
+        return Cost(passes, len(self._denoisers) + len(self.method.averages()), training)
+
+    def _take(self, term: Term, rng: Rng) -> None:
+        """One term's forward and backward pass, as the loop does it: its player trains, the others are frozen."""
+        for name, spec in self.method.players().items():
+            for parameter in spec.parameters.values():
+                parameter.requires_grad_(name == term.player)
+        x0, noise = rng.normal(self._sample_shape), rng.normal(self._sample_shape)
+        sample = Sample(x0=x0, cond={"label": rng.integers(NUM_CLASSES)}, noise=noise)
+        term.loss({name: sample for name in self.method.streams()}, rng).value.sum().backward()
+
+    @property
+    def _sample_shape(self) -> tuple[int, ...]:
+        return self._denoisers[0].sample_shape
+
+    def _denoiser(self, role: str) -> Denoiser:
+        backbone = MLP(width=WIDTH, depth=1, num_classes=NUM_CLASSES)
+        nn.init.normal_(backbone.leave.weight)
+        self.passes.setdefault(role, Passes())
+        self._denoisers.append(Denoiser(backbone, self._process, Prediction.F, clock="log_ratio", scale_input=True))
+        backbone.enter.register_forward_hook(self._noting(role))
+        return self._denoisers[-1]
+
+    def _noting(self, role: str) -> Callable[[nn.Module, tuple, Tensor], None]:
+        """A hook on the first layer: every pass begins there, and every backward pass ends there."""
+
+        def back(gradient: Tensor) -> None:
+            seen = self.passes[role]
+            self.passes[role] = replace(seen, backward=seen.backward + len(gradient))
+
+        def note(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            seen = self.passes[role]
+            self.passes[role] = replace(seen, forward=seen.forward + len(output))
+            if output.requires_grad:
+                output.register_hook(back)
+
+        return note
+
+    def _generator(self) -> Generator:
+        return Generator(self._denoiser("generator"), self._grid, step_rule=self.config.generator.step_rule)
+
+    def _critic(self) -> Critic:
+        own = self._denoiser("critic")
+        if not method_of(self.config.method).discriminates(self.config.method):
+            return Critic(own)
+        trunk = self._teacher.denoiser if self.config.critic.trunk == "teacher" else None
+        return Critic(own, head=DiscriminatorHead([(WIDTH,)]), taps=(TAP,), trunk=trunk)
