@@ -49,7 +49,8 @@ def overview() -> str:
         told = [kind.reference, needs(kind, config), *costs(Sketch(config).cost())]
         if kind.presets:
             told.append(f"recipes for {', '.join(kind.presets)}")
-        lines += [f"{name:<{width}}{told[0]}", *(f"{'':<{width}}{line}" for line in told[1:])]
+        text = "\n".join(textwrap.fill(line, 118 - width, subsequent_indent="  ") for line in told)
+        lines.append(name.ljust(width) + textwrap.indent(text, " " * width).lstrip())
     return "\n".join(
         [
             *lines,
@@ -80,7 +81,8 @@ def details(name: str) -> str:
     kind = METHODS[name]
     recipe = example(name)
     config = parse(recipe)
-    lines = [f"{name}: {inspect.getdoc(kind)}", "", kind.reference, needs(kind, config), *costs(Sketch(config).cost())]
+    lines = [f"{name}: {inspect.getdoc(kind)}", "", kind.reference]
+    lines += [textwrap.fill(line, 118) for line in (needs(kind, config), *costs(Sketch(config).cost()))]
     lines += ["", "settings, under method:", *settings(config.method)]
     if kind.presets:
         lines += ["", "recipes"]
@@ -90,9 +92,13 @@ def details(name: str) -> str:
 
 
 def settings(config: MethodConfig) -> list[str]:
-    """Each setting with its value and its meaning, a line each."""
+    """Each setting with its value and its meaning, a line each; of a method inside, its name alone."""
     told = meanings(type(config))
-    shown = {f.name: f"{f.name}: {written(plain(getattr(config, f.name)))}" for f in dataclasses.fields(config)}
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    shown = {
+        name: f"{name}: {written(plain(value)['name'] if isinstance(value, MethodConfig) else plain(value))}"
+        for name, value in values.items()
+    }
     width = max(map(len, shown.values()), default=0) + 2
     return [f"  {text:<{width}}{told[name]}" for name, text in shown.items()]
 
