@@ -154,8 +154,8 @@ def network(process, seed=0) -> Denoiser:
     return Denoiser(backbone, process, Prediction.F, clock="log_ratio", scale_input=True)
 
 
-def toy(*, process=None, steps=1, guidance=1.0, trunk="critic", same=False, **config) -> DMD2:
-    """DMD2 on small real networks; `same` makes the critic a copy of the teacher."""
+def toy(*, kind=DMD2, process=None, steps=1, guidance=1.0, trunk="critic", same=False, **config):
+    """A method on small real networks; `same` makes the critic a copy of the teacher."""
     process = VE(sigma_data=1.0) if process is None else process
     teacher = Teacher(network(process, seed=0), guidance=guidance)
 
@@ -170,7 +170,7 @@ def toy(*, process=None, steps=1, guidance=1.0, trunk="critic", same=False, **co
     def new_generator():
         return Generator(network(process, seed=2), process.grid(steps + 1)[:steps])
 
-    return DMD2(DMD2.Config(**config), Networks(new_generator, new_critic, teacher))
+    return kind(kind.Config(**config), Networks(new_generator, new_critic, teacher))
 
 
 GAN = {"gan_weight": 3e-3, "gan_critic_weight": 1e-2}

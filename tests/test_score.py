@@ -37,13 +37,13 @@ from diffdistill.teacher import Teacher
 SCORE_METHODS = sorted(name for name, kind in METHODS.items() if issubclass(kind, ScoreMethod))
 
 
-def exact(name: str, *, m=M, a=A, same=False, **config) -> ScoreMethod:
+def exact(name: str, *, m=M, a=A, same=False, sigma=SIGMA, times=None, head=None, **config) -> ScoreMethod:
     """A method with an exact teacher, an exact critic of the generator m + a z, and that generator."""
-    process, times = VE(), Always(SIGMA)
+    process, times = VE(), Always(sigma) if times is None else times
     law = DATA if same else FAKE if (m, a) == (M, A) else gaussian([m], [[a**2]])
     networks = Networks(
         lambda: Generator(Denoiser(Affine(m, a, 80.0), process, Prediction.X0, clock="thousand"), (80.0,)),
-        lambda: Critic(denoiser(law, process), head=LogRatio(), taps=("entrance",)),
+        lambda: Critic(denoiser(law, process), head=LogRatio() if head is None else head, taps=("entrance",)),
         Teacher(denoiser(DATA, process)),
     )
     kind = METHODS[name]
@@ -174,22 +174,24 @@ def test_uni_instruct_with_a_detached_ratio_has_the_known_bias(divergence, golde
     assert [2 * IN_SCORES**2 * g for g in matched(method)] == pytest.approx(golden, abs=2e-8)
 
 
+DEFINITIONS = {
+    "reverse_kl": lambda r: -r.log(),
+    "forward_kl": lambda r: r * r.log(),
+    "jensen_shannon": lambda r: r * r.log() - (r + 1) * ((r + 1) / 2).log(),
+    "softened_reverse_kl": lambda r: (1 + r) * (1 + 1 / r).log(),
+    "jeffreys": lambda r: (r - 1) * r.log(),
+    "squared_hellinger": lambda r: 1 - r.sqrt(),
+    "neyman": lambda r: (r - 1) ** 2 / r,
+    "pearson": lambda r: (r - 1) ** 2,
+}
+
+
 @pytest.mark.parametrize("name", sorted(DIVERGENCES))
 def test_h_and_its_slope_come_of_f(name):
     """h = f'' r^2 up to an affine part of f, and d log h / d log r, by autograd from the divergences' definitions."""
-    definitions = {
-        "reverse_kl": lambda r: -r.log(),
-        "forward_kl": lambda r: r * r.log(),
-        "jensen_shannon": lambda r: r * r.log() - (r + 1) * ((r + 1) / 2).log(),
-        "softened_reverse_kl": lambda r: (1 + r) * (1 + 1 / r).log(),
-        "jeffreys": lambda r: (r - 1) * r.log(),
-        "squared_hellinger": lambda r: 1 - r.sqrt(),
-        "neyman": lambda r: (r - 1) ** 2 / r,
-        "pearson": lambda r: (r - 1) ** 2,
-    }
     log_ratio = torch.linspace(-3, 3, 13, dtype=torch.float64, requires_grad=True)
     r = log_ratio.exp()
-    (first,) = torch.autograd.grad(definitions[name](r).sum(), r, create_graph=True)
+    (first,) = torch.autograd.grad(DEFINITIONS[name](r).sum(), r, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), r, create_graph=True)
     torch.testing.assert_close(DIVERGENCES[name].h(log_ratio), second * r**2, rtol=1e-10, atol=1e-12)
     (slope,) = torch.autograd.grad(DIVERGENCES[name].h(log_ratio).log().sum(), log_ratio, allow_unused=True)
