@@ -17,14 +17,15 @@ from diffdistill.process import VE
 from diffdistill.rng import Rng
 from diffdistill.teacher import Teacher
 
-WIDTH, NUM_CLASSES, SAMPLES, STEPS = 4, 4, 4, 4
+WIDTH, NUM_CLASSES, SAMPLES, IN_A_ROW = 4, 4, 4, 4
 TAP = "layers.0"
 ROLES = ("generator", "critic", "teacher")
 
 
 @dataclass(frozen=True)
 class Passes:
-    """Through one kind of network, for each sample of the batch and each step, on average over the first few steps.
+    """Through one kind of network, for each sample and step: a mean over the first four steps of a run
+    and four in its middle.
 
     A guided teacher and a batch of real and generated samples count twice; a pass that ends at tapped features, and a
     backward pass that only carries gradient to the input, count as whole ones.
@@ -67,14 +68,15 @@ class Sketch:
 
     def cost(self) -> Cost:
         """Of the steps, counted."""
-        for step in range(STEPS):
+        steps = [start + ahead for start in (0, self.config.train.steps // 2) for ahead in range(IN_A_ROW)]
+        for step in steps:
             for index, item in enumerate(self.method.plan(step)):
                 if isinstance(item, Action):
                     item.act(self.method.players())
                     continue
                 for term in item.terms:
                     self._take(term, Rng((step, index, term.player, term.name), range(SAMPLES)))
-        share = SAMPLES * STEPS
+        share = SAMPLES * len(steps)
         seen = sorted(self.passes.items(), key=lambda item: ROLES.index(item[0]))
         passes = {role: Passes(p.forward / share, p.backward / share) for role, p in seen}
         trained = {id(parameter) for spec in self.method.players().values() for parameter in spec.parameters.values()}
