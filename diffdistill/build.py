@@ -25,6 +25,7 @@ from diffdistill.data.image_set import ImageSet
 from diffdistill.data.pairs import fingerprint, read_pairs
 from diffdistill.denoiser import Backbone, Denoiser
 from diffdistill.generator import Generator
+from diffdistill.health import WARM_STEPS
 from diffdistill.memory import memory_for
 from diffdistill.method import Method, Networks, PlayerSpec
 from diffdistill.methods import METHODS
@@ -337,6 +338,7 @@ def trainer(
         output=output,
         hooks=hooks,
         dtype=dtype,
+        watch_from=WARM_STEPS + max(player.warmup_steps for player in config.players.values()),
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from diffdistill.critic import Critic, Discriminator
 from diffdistill.denoiser import Condition, Denoiser
 from diffdistill.generator import Generator, Sampler
+from diffdistill.readings import Reading
 from diffdistill.rng import Rng
 from diffdistill.teacher import Teacher
 
@@ -31,7 +32,7 @@ class Loss:
     """One value per sample, shape (N,); the loop averages it over the global batch. Readings are logged, detached."""
 
     value: Tensor
-    readings: Mapping[str, Tensor] = field(default_factory=dict)
+    readings: Mapping[str, Reading] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,13 @@ class Method(ABC):
     def new_sampler(config, new_generator: Callable[[], Generator]) -> Sampler:
         """What a method of this Config samples with, of generators made anew; one generator unless a method says so."""
         return new_generator()
+
+    def references(self, batch: Batch, rng: Rng) -> Mapping[str, Reading]:
+        """What readings of the log should come to, under their names there; none unless a method says so.
+
+        Taken once, before the first step, over some samples.
+        """
+        return {}
 
     def averages(self) -> Mapping[str, AverageSpec]:
         """Averaged networks that a loss reads; none unless a method says so."""

@@ -201,11 +201,12 @@ def generator(config: Config, model: Denoiser) -> Generator:
 
 
 def teacher(config: Config, device: torch.device) -> Teacher:
-    """The frozen teacher of the config, in its precision."""
+    """The frozen teacher of the config, in its precision; it too recomputes activations where gradients run through it
+    and the config says so."""
     if config.teacher is None:
         raise ConfigError(f"method {config.method_name} needs a teacher; set teacher.path")
     with memory_for("the teacher's weights"):
-        frozen, _ = teacher_denoiser(config.teacher, device=device)
+        frozen, _ = teacher_denoiser(config.teacher, checkpointing=config.train.gradient_checkpointing, device=device)
         frozen = frozen.to(DTYPES[config.train.precision])
     refuse_unguidable(frozen, config.teacher.guidance, config.teacher.path)
     return Teacher(frozen, guidance=config.teacher.guidance)

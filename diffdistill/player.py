@@ -197,6 +197,25 @@ class Player:
             )
         self.averages[name] = Average(self.parameters, copies, decay, changed=self.reshard)
 
+    @torch.no_grad()
+    def gaps(self) -> dict[str, Tensor]:
+        """For each average, the norm of its difference from the parameters over theirs, 0-dimensional."""
+        size = self._norm(lambda parameter, copy: parameter, self.parameters)
+        return {
+            name: self._norm(lambda parameter, copy: copy - parameter, average.copies) / size
+            for name, average in self.averages.items()
+        }
+
+    def _norm(self, difference: Callable[[Tensor, Tensor], Tensor], copies: Sequence[Tensor]) -> Tensor:
+        """The norm over all parameters of a function of each and its copy, one bucket of them in memory at a time."""
+        pairs = list(zip(self.parameters, copies, strict=True))
+        sizes = [len(bucket) for bucket in buckets(self.parameters)]
+        norms = []
+        for size in sizes:
+            part, pairs = pairs[:size], pairs[size:]
+            norms.append(whole(nn.utils.get_total_norm([difference(*pair) for pair in part])))
+        return torch.stack(norms).norm()
+
     def make_optimizer_state(self) -> None:
         """Give the optimizer the tensors it makes on its first step, so that a checkpoint can be loaded into them.
 

@@ -1,7 +1,7 @@
 """A run's folder: its recipe, and whether a run may go on in it.
 
 config.yaml              the recipe, every default written out; a later start may change what is in FREE
-log.jsonl                one JSON object a line: "train", "evaluate"
+log.jsonl                one JSON object a line: "reference", "train", "warning", "evaluate"
 checkpoints/step-N/      everything needed to go on
 samples/step-N.png       pictures
 .lock                    locked by the kernel while a process writes here; empty, and never in the way by itself

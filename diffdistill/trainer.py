@@ -1,9 +1,11 @@
 """Trainer: the one loop, the same for every method."""
 
+import dataclasses
 import json
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,14 +16,16 @@ from typing import Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, gather_object
+from accelerate.utils import AutocastKwargs
 from torch import Tensor
 from tqdm import tqdm
 
 from diffdistill import checkpoint
+from diffdistill.health import WARM_STEPS, Alert, Watch
 from diffdistill.memory import peak_bytes
 from diffdistill.method import Action, Batch, Method, Term, Update
 from diffdistill.player import Player, only
+from diffdistill.readings import Readings
 from diffdistill.rng import Rng, drawn_from
 
 
@@ -77,6 +81,9 @@ class Every:
         return self.interval > 0 and (step % self.interval == 0 or step == steps)
 
 
+REFERENCE_SAMPLES = 64
+
+
 class NonFinite(RuntimeError):
     """A loss or gradient was not finite; the run stopped before the optimizer stepped."""
 
@@ -92,6 +99,7 @@ class Trainer:
         output: the run's folder.
         hooks: evaluation and pictures; what they return is logged.
         dtype: of noise and data; float64 for exact tests.
+        watch_from: the step behind which readings out of their range are warned of.
     """
 
     def __init__(
@@ -106,6 +114,7 @@ class Trainer:
         output: Path,
         hooks: Sequence[Every] = (),
         dtype: torch.dtype = torch.float32,
+        watch_from: int = WARM_STEPS,
     ):
         ranks = accelerator.num_processes
         if schedule.batch % (ranks * schedule.accumulate):
@@ -120,7 +129,8 @@ class Trainer:
         self._clocked = True  # since the first step
         for name, spec in method.averages().items():
             players[spec.player].follow_with(name, list(spec.module.parameters()), spec.decay)
-        self._readings = Readings(accelerator)
+        self._readings, self._watch = Readings(accelerator), Watch(watch_from)
+        self._references: dict[str, float] | None = None  # what readings should come to
         # 1 until something is not finite, then 0 for good: every later step of every player is skipped on the device
         self._healthy = torch.ones((), device=accelerator.device)
         self._flags: list[tuple[int, list[str], Tensor, torch.cuda.Event | None]] = []
@@ -157,6 +167,8 @@ class Trainer:
         )
         first, self._stop_signal, self._stopped = True, None, None
         with self._signals_noted(), bar:
+            if self._references is None and self.schedule.log_every:
+                self._note_references()
             while True:
                 self._top(resumed=first and self.step > 0)
                 first = False
@@ -220,6 +232,8 @@ class Trainer:
             "training_seconds": self.training_seconds if self._clocked else None,
             "peak_bytes": max(self._peak_bytes, peak_bytes(self.accelerator.device)),
             "log_bytes": log_bytes,
+            "references": self._references,
+            "watch": self._watch.state(),
         }
         folder = self.output / "checkpoints" / f"step-{self.step:08d}"
         checkpoint.save(folder, self.players, state, writes=self.main)
@@ -249,6 +263,8 @@ class Trainer:
         seconds = state.get("training_seconds")  # a checkpoint of an earlier version does not say
         self.training_seconds, self._clocked = seconds or 0.0, seconds is not None
         self._peak_bytes = state.get("peak_bytes", 0)
+        self._references = state["references"]
+        self._watch.load(state["watch"])
 
     def log(self, kind: str, readings: Mapping[str, float]) -> None:
         """One JSON line, with the seconds of training so far, and the same scalars to the trackers."""
@@ -291,7 +307,36 @@ class Trainer:
         every = self.schedule.log_every
         if self.step and every and (self.step % every == 0 or self._ended):
             self._read_flags(behind=0)  # flush waits for the device anyway, and a bad number must not reach the log
-            self.log("train", self._readings.flush())
+            readings = {**self._readings.flush(), **self._gaps()}
+            self.log("train", readings)
+            for alert in self._watch.see(self.step, readings, self._references or {}):
+                self._warn(alert)
+
+    def _warn(self, alert: Alert) -> None:
+        """Into the log, and on stderr above the bar."""
+        self.log("warning", dataclasses.asdict(alert))
+        if self.main:
+            tqdm.write(f"step {self.step}: {alert.text}", file=sys.stderr)
+
+    def _gaps(self) -> dict[str, float]:
+        """How far each average lies from its player's parameters."""
+        gaps = {f"{n}/gap/{average}": gap for n, p in self.players.items() for average, gap in p.gaps().items()}
+        values = torch.stack(list(gaps.values())).tolist() if gaps else []
+        return dict(zip(gaps, values, strict=True))
+
+    def _note_references(self) -> None:
+        """Ask the method what readings should come to, over REFERENCE_SAMPLES samples that the ranks share out."""
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        count, per_micro = max(REFERENCE_SAMPLES, ranks), self.schedule.batch // (ranks * self.schedule.accumulate)
+        readings, last = Readings(self.accelerator), count * (rank + 1) // ranks
+        for first in range(count * rank // ranks, last, per_micro):
+            slots = range(first, min(first + per_micro, last))
+            batch = self.data.draw(self._rng((self.seed, "references", "data"), slots))
+            for name, reading in self.method.references(batch, self._rng((self.seed, "references"), slots)).items():
+                readings.add(name, reading)
+        self._references = readings.flush()
+        if self._references:
+            self.log("reference", self._references)
 
     def update(self, index: int, update: Update) -> tuple[list[str], Tensor]:
         """All backward passes of an update, then the steps.
@@ -409,49 +454,6 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)
-
-
-class Readings:
-    """Running sums of what a step reports, kept on the device until the log interval."""
-
-    def __init__(self, accelerator: Accelerator):
-        self._accelerator = accelerator
-        self._dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, float] = {}
-
-    def add(self, name: str, values: Tensor, *, share: float = 1.0) -> None:
-        """Count every number in `values`; as a part of one where several ranks hold the same number."""
-        total = values.detach().to(self._dtype).sum() * share
-        self._sums[name] = self._sums[name] + total if name in self._sums else total
-        self._counts[name] = self._counts.get(name, 0.0) + values.numel() * share
-
-    def flush(self) -> dict[str, float]:
-        """The mean of each reading over all ranks since the last flush."""
-        names = list(self._sums)
-        if not names:
-            return {}
-        totals = torch.stack([self._sums[name] for name in names])
-        counts = torch.tensor([self._counts[name] for name in names], dtype=self._dtype).to(totals.device)
-        sums, counts = self._accelerator.reduce(torch.stack([totals, counts])).tolist()
-        self._sums.clear()
-        self._counts.clear()
-        return {name: total / count for name, total, count in zip(names, sums, counts, strict=True)}
-
-    def state(self) -> list[dict[str, list[float]]]:
-        """The sums and counts of each rank, for a checkpoint."""
-        own = {name: [total.item(), self._counts[name]] for name, total in self._sums.items()}
-        return gather_object([own])
-
-    def load(self, state: Sequence[Mapping[str, list[float]]]) -> None:
-        """Go on from `state`; with another number of ranks than it was saved by, the first takes over all sums."""
-        rank, device = self._accelerator.process_index, self._accelerator.device
-        if len(state) == self._accelerator.num_processes:
-            own = state[rank]
-        else:
-            own = {name: [sum(s[name][column] for s in state) * (rank == 0) for column in (0, 1)] for name in state[0]}
-        self._sums = {name: torch.tensor(total, dtype=self._dtype, device=device) for name, (total, _) in own.items()}
-        self._counts = {name: count for name, (_, count) in own.items()}
 
 
 @contextmanager

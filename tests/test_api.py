@@ -210,12 +210,12 @@ def recomputes(model: Denoiser) -> bool:
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_what_trains_recomputes_its_activations_where_asked_and_the_frozen_teacher_never(wanted, chain, tmp_path):
+def test_every_network_recomputes_its_activations_where_asked(wanted, chain, tmp_path):
     recipe = student_recipe(tmp_path, chain[0] / "exported")
     recipe["train"]["gradient_checkpointing"] = wanted
     chosen = build.method(parse(recipe), torch.device("cpu"))
-    assert recomputes(chosen.generator.denoiser) == recomputes(chosen.critic.denoiser) == wanted
-    assert not recomputes(chosen.teacher.denoiser)
+    for model in (chosen.generator.denoiser, chosen.critic.denoiser, chosen.teacher.denoiser):
+        assert recomputes(model) == wanted  # the teacher too: some methods differentiate through its input
 
 
 def test_a_stream_that_nothing_makes_is_refused():

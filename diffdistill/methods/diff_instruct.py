@@ -34,5 +34,6 @@ class DiffInstruct(ScoreMethod):
     def match(self, fake: Tensor, cond: Condition, rng: Rng) -> Loss:
         with torch.no_grad():  # detached: both scores are constants
             x_t, t, _ = self.noised(fake, rng)
-            direction = full(self.critic(x_t, t, cond)) - full(self.teacher(x_t, t, cond))
-        return Loss(inject(fake, direction), {"direction": direction.abs().flatten(1).mean(1)})
+            x0_real, x0_fake = self.teacher(x_t, t, cond), self.critic(x_t, t, cond)
+        direction = full(x0_fake) - full(x0_real)
+        return Loss(inject(fake, direction), self.compared(fake, t, x0_real, x0_fake))

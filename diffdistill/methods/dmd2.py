@@ -40,4 +40,5 @@ class DMD2(ScoreMethod):
             x_t, t, _ = self.noised(fake, rng)
             x0_real, x0_fake = self.teacher(x_t, t, cond), self.critic(x_t, t, cond)
         direction = matching_direction(fake, x0_real, x0_fake, floor=self.config.normaliser_floor)
-        return Loss(inject(fake, direction), {"direction": direction.abs().flatten(1).mean(1)})
+        readings = {**self.compared(fake, t, x0_real, x0_fake), "direction": direction.abs().flatten(1).mean(1)}
+        return Loss(inject(fake, direction), readings)

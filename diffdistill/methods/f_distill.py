@@ -61,4 +61,5 @@ class FDistill(ScoreMethod):
         else:
             direction = full(x0_fake) - full(x0_real)
         direction = lift(weight, direction) * direction
-        return Loss(inject(fake, direction), {"direction": direction.abs().flatten(1).mean(1), "weight": weight})
+        readings = {**self.compared(fake, t, x0_real, x0_fake), "direction": direction.abs().flatten(1).mean(1)}
+        return Loss(inject(fake, direction), {**readings, "weight": weight})

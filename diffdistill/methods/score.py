@@ -12,8 +12,11 @@ from diffdistill.denoiser import Condition
 from diffdistill.losses import denoising, gan_discriminator, gan_generator
 from diffdistill.method import Batch, Loss, Method, MethodConfig, Networks, PlayerSpec, Term, Update
 from diffdistill.prediction import Prediction
+from diffdistill.readings import Reading, Sketch, of_difference, of_logits, of_samples
 from diffdistill.rng import Rng
 from diffdistill.times import TimeSampler, Uniform
+
+REFERENCE_STEPS = 10  # of the teacher's solver, for the readings that a run is compared with
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class ScoreMethod(Method):
         self.teacher = networks.teacher
         self.generator = networks.new_generator()
         self.critic = networks.new_critic()
+        self._sketch = Sketch(self.generator.denoiser.sample_shape)
         fresh = config.ratio - 1  # critic updates on fresh samples
         if len(self.generator.grid) > 1 and config.stops == "rotating" and fresh == 0:
             raise ValueError(
@@ -125,11 +129,23 @@ class ScoreMethod(Method):
             return (Update((generate,)), *[fit_new] * (self.config.ratio - 1))
         return (Update((generate, Term("critic", "fit", fit_made))), *[fit_new] * (self.config.ratio - 1))
 
+    def references(self, batch: Batch, rng: Rng) -> Mapping[str, Reading]:
+        """The readings of the teacher's own samples, in REFERENCE_STEPS steps."""
+        process = self.teacher.process
+        times = (*process.grid(REFERENCE_STEPS), 0.0)
+        noise = process.prior_std(times[0]) * rng.normal(self.generator.denoiser.sample_shape)
+        made = self.teacher.solve(noise, times, batch["conditions"].cond)
+        return {f"generator/match/{name}": reading for name, reading in of_samples(made, self._sketch).items()}
+
     def noised(self, fake: Tensor, rng: Rng) -> tuple[Tensor, Tensor, Tensor]:
         """x_t, t and eps: the samples noised at times drawn for the comparison. x_t keeps the graph of the samples."""
         t = self.config.match_times(rng.uniform(), self.generator.process)
         eps = rng.normal(fake.shape[1:])
         return self.generator.process.perturb(fake, eps, t), t, eps
+
+    def compared(self, fake: Tensor, t: Tensor, x0_real: Tensor, x0_fake: Tensor) -> dict[str, Reading]:
+        """The readings of teacher's and critic's denoised samples at t, each (N, ...)."""
+        return of_difference(fake, t, x0_real, x0_fake, self.generator.process)
 
     def _fake(self, cond: Condition, rng: Rng, step: int) -> Tensor:
         """Samples for the generator's update at `step`, after as many simulated steps as all ranks agree on."""
@@ -139,7 +155,7 @@ class ScoreMethod(Method):
 
     def _generator_loss(self, fake: Tensor, cond: Condition, rng: Rng) -> Loss:
         config, process = self.config, self.generator.process
-        value, readings = fake.new_zeros(len(fake)), {}
+        value, readings = fake.new_zeros(len(fake)), of_samples(fake, self._sketch)
         if config.match_weight:
             matched = self.match(fake, cond, rng)
             value = value + config.match_weight * matched.value
@@ -165,6 +181,7 @@ class ScoreMethod(Method):
                 "gan": discrimination.detach(),
                 "logit_real": logits_real.detach(),
                 "logit_fake": logits_fake.detach(),
+                **of_logits(logits_real, logits_fake),
             }
         return Loss(value, readings)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from diffdistill.denoiser import Condition
-from diffdistill.losses import full, identity_distillation, normaliser
+from diffdistill.losses import identity_distillation, normaliser
 from diffdistill.method import Loss
 from diffdistill.methods.score import ScoreConfig, ScoreMethod
 from diffdistill.rng import Rng
@@ -47,5 +47,4 @@ class SiD(ScoreMethod):
         value = identity_distillation(fake, x0_real, x0_fake, alpha=self.config.alpha)
         if self.config.normalised:
             value = value / normaliser(fake, x0_real, floor=self.config.normaliser_floor)
-        gap = (full(x0_real) - full(x0_fake)).detach()
-        return Loss(value, {"direction": gap.abs().flatten(1).mean(1)})
+        return Loss(value, self.compared(fake, t, x0_real, x0_fake))

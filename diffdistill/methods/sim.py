@@ -6,7 +6,7 @@ from typing import Literal
 from torch import Tensor
 
 from diffdistill.denoiser import Condition
-from diffdistill.losses import full, score_implicit
+from diffdistill.losses import score_implicit
 from diffdistill.method import Loss
 from diffdistill.methods.score import ScoreConfig, ScoreMethod
 from diffdistill.rng import Rng
@@ -44,5 +44,4 @@ class SIM(ScoreMethod):
         x0_real, x0_fake = self.teacher(x_t, t, cond), self.critic(x_t, t, cond)
         huber = self.config.huber if self.config.distance == "pseudo_huber" else None
         value = score_implicit(fake, x0_real, x0_fake, huber=huber)
-        gap = (full(x0_real) - full(x0_fake)).detach()
-        return Loss(value, {"direction": gap.abs().flatten(1).mean(1)})
+        return Loss(value, self.compared(fake, t, x0_real, x0_fake))

@@ -70,5 +70,4 @@ class UniInstruct(ScoreMethod):
         value = weight * identity_distillation(fake, x0_real, x0_fake, alpha=alpha)
         if config.normalised:
             value = value / normaliser(fake, x0_real, floor=config.normaliser_floor)
-        gap = (full(x0_real) - full(x0_fake)).detach()
-        return Loss(value, {"direction": gap.abs().flatten(1).mean(1), "weight": weight.detach()})
+        return Loss(value, {**self.compared(fake, t, x0_real, x0_fake), "weight": weight.detach()})
