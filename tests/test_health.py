@@ -23,6 +23,7 @@ from diffdistill.method import Networks, Sample
 from diffdistill.methods import METHODS
 from diffdistill.player import ConstantDecay, LearningRate, Player
 from diffdistill.teacher import Teacher
+from diffdistill.times import Uniform
 from diffdistill.trainer import Schedule, Trainer
 
 
@@ -84,17 +85,18 @@ def warned(log):
 
 
 GOOD = {
-    "dmd2": {},
+    "dmd2": {"ratio": 2},
     "dmd2 with few critic updates": {"ratio": 1},
     "dmd2 with a gan": {"ratio": 2, **GAN},
-    "sid": {"name": "sid", "alpha": 0.5, "normalised": False},
+    "sid": {"name": "sid", "ratio": 2, "alpha": 0.5, "normalised": False},
 }
+HEAVY = {"gan_weight": 0.1, "gan_critic_weight": 30.0}
 SPOILED = {
     "critic_lagging": {"critic": 2e-6},
     "saturation": {"generator": 5e-2},
     "collapse": {"decay": 20.0},
     "exploding_direction": {"critic": 0.3},
-    "discriminator_winning": {"generator": 1e-6, "gan_weight": 0.1, "gan_critic_weight": 30.0},
+    "discriminator_winning": {"generator": 1e-6, "gan_times": Uniform(0.0, 0.5), **HEAVY},
 }
 
 
@@ -143,7 +145,9 @@ def test_a_warning_comes_right_beyond_its_limit(reading, fine, bad, warning):
     for value, expected in ((fine, []), (bad, [warning])):
         watch = Watch(start=20)
         for step in range(1000, 10_000, 1000):  # so far apart that each line stands for itself
-            assert watch.see(step, {"g/match/rms": 1.0, reading: 1.0}, REFERENCE) == []
+            assert (
+                watch.see(step, {"g/match/rms": 1.0, reading: min(1.0, fine) if fine > 0.5 else 1.0}, REFERENCE) == []
+            )
         seen = watch.see(10_000, {"g/match/rms": 1.0, reading: value}, REFERENCE)
         assert [alert.warning for alert in seen] == expected
 

@@ -36,7 +36,7 @@ def test_logs_are_means_since_the_last_line(tmp_path):
     assert [line["step"] for line in lines(some.output)] == [4, 6]
     per_step = lines(each.output)
     for line, group in zip(lines(some.output), (per_step[:4], per_step[4:]), strict=True):
-        # differences and agreements are weighted, spreads no means, and gaps those of the moment: tests/test_readings.py
+        # of the others some are weighted, some no means, and gaps are those of the moment: tests/test_readings.py
         for key in (k for k in line.keys() - {"kind", "step", "seconds"} if not re.search(OTHERS, k)):
             assert line[key] == pytest.approx(sum(entry[key] for entry in group) / len(group), rel=1e-12)
 
