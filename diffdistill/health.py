@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-AGREEMENT = (0.3, 3.0)  # good runs: 0.85 to 1.2 behind their warm-up
+AGREEMENT = (0.3, 3.0)  # good runs: 0.85 to 1.3 behind their warm-up
 CRITIC_LOSS = 1.5  # times its running mean
 PEAK, LOUDNESS = 1.3, 1.3  # times the teacher's
 ALIKE, FALLEN = 0.5, 0.75  # of the teacher's spread; of the run's own best spread so far

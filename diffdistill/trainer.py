@@ -329,10 +329,11 @@ class Trainer:
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         count, per_micro = max(REFERENCE_SAMPLES, ranks), self.schedule.batch // (ranks * self.schedule.accumulate)
         readings, last = Readings(self.accelerator), count * (rank + 1) // ranks
+        key = (self.seed, self.attempt, self.step, "references")
         for first in range(count * rank // ranks, last, per_micro):
             slots = range(first, min(first + per_micro, last))
-            batch = self.data.draw(self._rng((self.seed, "references", "data"), slots))
-            for name, reading in self.method.references(batch, self._rng((self.seed, "references"), slots)).items():
+            batch = self.data.draw(self._rng((*key, "data"), slots))
+            for name, reading in self.method.references(batch, self._rng(key, slots)).items():
                 readings.add(name, reading)
         self._references = readings.flush()
         if self._references:

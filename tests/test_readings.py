@@ -177,7 +177,7 @@ def test_references_are_the_teachers_samples_once_and_however_they_are_parted(ac
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     (found,) = (line for line in lines if line["kind"] == "reference")
     method = trainer.method
-    key, slots = (0, "references"), range(64)
+    key, slots = (0, 0, 0, "references"), range(64)
     batch = trainer.data.draw(trainer._rng((*key, "data"), slots))
     noise = method.teacher.process.prior_std(20.0) * trainer._rng(key, slots).normal((2,))
     x = method.teacher.solve(noise, (*method.teacher.process.grid(10), 0.0), batch["conditions"].cond)
