@@ -263,8 +263,9 @@ class Trainer:
         seconds = state.get("training_seconds")  # a checkpoint of an earlier version does not say
         self.training_seconds, self._clocked = seconds or 0.0, seconds is not None
         self._peak_bytes = state.get("peak_bytes", 0)
-        self._references = state["references"]
-        self._watch.load(state["watch"])
+        if "watch" in state:  # as above
+            self._references = state["references"]
+            self._watch.load(state["watch"])
 
     def log(self, kind: str, readings: Mapping[str, float]) -> None:
         """One JSON line, with the seconds of training so far, and the same scalars to the trackers."""
