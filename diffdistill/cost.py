@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from diffdistill.backbones.mlp import MLP
 from diffdistill.config import Config, StepsConfig
-from diffdistill.critic import Critic, DiscriminatorHead
+from diffdistill.critic import Critic, Discriminator, DiscriminatorHead
 from diffdistill.denoiser import Denoiser
 from diffdistill.generator import Generator
 from diffdistill.method import Action, Method, Networks, Sample, Term, method_of
@@ -64,7 +64,8 @@ class Sketch:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self._teacher = Teacher(self._denoiser("teacher"), guidance=guidance) if kind.needs_teacher else None
-            self.method: Method = kind(config.method, Networks(self._generator, self._critic, self._teacher))
+            networks = Networks(self._generator, self._critic, self._teacher, self._discriminator)
+            self.method: Method = kind(config.method, networks)
 
     def cost(self) -> Cost:
         """Of the steps, counted."""
@@ -128,3 +129,6 @@ class Sketch:
             return Critic(own)
         trunk = self._teacher.denoiser if self.config.critic.trunk == "teacher" else None
         return Critic(own, head=DiscriminatorHead([(WIDTH,)]), taps=(TAP,), trunk=trunk)
+
+    def _discriminator(self) -> Discriminator:
+        return Discriminator([DiscriminatorHead([(WIDTH,)])], taps=(TAP,), trunk=self._teacher.denoiser)

@@ -15,12 +15,12 @@ ROOT = Path(__file__).parents[1]
 GAN = {"gan_weight": 0.1, "gan_critic_weight": 0.1}
 
 
-def cost(name, *, guidance=1.0, trunk="critic", grid=(80.0,), **options):
+def cost(name, *, guidance=1.0, trunk="critic", grid=(80.0,), rule="renoise", **options):
     recipe = example(name)
     recipe["method"] = {"name": name, **options}
     recipe["teacher"] = recipe["teacher"] | {"guidance": guidance}
     recipe["critic"] = {"trunk": trunk}
-    recipe["generator"] = {"grid": list(grid)}
+    recipe["generator"] = {"grid": list(grid), "step_rule": rule}
     return Sketch(parse(recipe)).cost()
 
 
@@ -42,6 +42,15 @@ COUNTED = [
     ("f_distill", {"ratio": 1}, (1, 1), (1 + 1 + 3, 1 + 3), (1, 0)),  # one pass for score and ratio
     ("f_distill", {"ratio": 1, "trunk": "teacher"}, (1, 1), (1 + 1, 1), (1 + 1 + 1 + 2, 1)),
     ("uni_instruct", {}, (1, 1), (1 + 1 + 3, 1 + 1 + 3), (1, 1)),
+    ("disback", {"inside": {"name": "dmd2", "ratio": 1}}, (1, 1), (2, 1), (1, 0)),
+    # the expert at work is one of two, as the first phase needs no simulation and the second one step of it
+    (
+        "phased_dmd",
+        {"steps_per_phase": [500], "ratio": 1, "grid": (80.0, 1.0), "rule": "euler"},
+        (1.5, 1),
+        (2, 1),
+        (1, 0),
+    ),
 ]
 
 
@@ -55,6 +64,7 @@ def test_memory_counts_networks_and_what_training_them_adds():
     """Weights, gradient and two moments of generator and critic, and the teacher's weights."""
     assert cost("dmd2").memory == 4 + 4 + 1
     assert Sketch(parse(example("denoise"))).cost().memory == 4
+    assert Sketch(parse(example("ladd"))).cost().memory == 4 + 1  # the heads are no network
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -26,7 +26,7 @@ class Degrade(Method):
 
     @dataclass(frozen=True)
     class Config(MethodConfig):
-        times: TimeSampler = field(default_factory=Uniform)
+        times: TimeSampler = field(default_factory=Uniform)  # of the noised samples
         space: Prediction = Prediction.F  # the space whose squared error is minimised
 
     reference = "Zhang et al. 2024, arXiv:2408.15991, first stage"

@@ -48,7 +48,7 @@ class PhasedDMD(Method):
         steps_per_phase: tuple[int, ...]  # generator updates: one number for all phases, or one for each
         phases: tuple[int, ...] = ()  # times of generator.grid in each phase; empty: one each
         initial: Literal["teacher", "previous"] = "teacher"  # what an expert starts from: as built, or its predecessor
-        time_scale: Literal["interleaved", "alternating"] = "interleaved"
+        time_scale: Literal["interleaved", "alternating"] = "interleaved"  # alternating: no fit in the first iteration
         ratio: int = 5  # iterations per generator update
         match_times: TimeSampler = field(default_factory=lambda: Uniform(0.02, 0.98))  # those above the edge
         critic_times: TimeSampler = field(default_factory=Uniform)  # those above the edge
@@ -56,7 +56,7 @@ class PhasedDMD(Method):
         weighting: Literal["clamp10", "margin"] = "clamp10"  # of the critic: the paper's, or equal above a margin
         margin: float = 0.02  # of weighting=margin: the share of the time that lies idle above an edge
         normalised: bool = True  # by mean |x0 - mu_real| of each sample, as DMD
-        normaliser_floor: float = 1e-4
+        normaliser_floor: float = 1e-4  # at least, where the direction is normalised
 
         def __post_init__(self):
             for name in ("steps_per_phase", "phases"):
@@ -75,6 +75,7 @@ class PhasedDMD(Method):
                 raise ValueError(f"method.normaliser_floor must be positive, got {self.normaliser_floor}")
 
     reference = "Fan et al. 2025, arXiv:2510.27684"
+    example = {"method": {"steps_per_phase": [500]}, "generator": {"grid": [80.0, 2.5], "step_rule": "euler"}}
     needs_teacher = True
     reads = "conditions"
     trains = "generator, critic of each phase"
