@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from flash_jvp.logits import Logits
@@ -59,7 +58,7 @@ def aligned_bias(bias: Tensor) -> Tensor:
     if last == 0 or (last == 1 and bias.shape[3] % 16 == 0 and all(stride % 16 == 0 for stride in outer)):
         return bias
     own = bias[tuple(slice(None) if stride else slice(1) for stride in bias.stride())]
-    padded = own.new_zeros(*own.shape[:3], triton.cdiv(own.shape[3], 16) * 16)
+    padded = own.new_zeros(*own.shape[:3], -(-own.shape[3] // 16) * 16)
     padded[..., : own.shape[3]] = own
     return padded.expand(*bias.shape[:3], -1)
 
