@@ -65,7 +65,7 @@ def overview() -> str:
 def needs(kind: type[Method], config: Config) -> str:
     """What a method takes, in words."""
     teacher = "a teacher" if kind.needs_teacher else "no teacher"
-    head = " with a discriminator" if kind.discriminates(config.method) else ""
+    head = " with a discriminator" if kind.discriminates(config.method) and "discriminator" not in kind.trains else ""
     return f"needs {teacher}; reads {kind.reads}; trains {kind.trains}{head}"
 
 

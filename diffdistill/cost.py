@@ -82,7 +82,13 @@ class Sketch:
         passes = {role: Passes(p.forward / share, p.backward / share) for role, p in seen}
         trained = {id(parameter) for spec in self.method.players().values() for parameter in spec.parameters.values()}
         training = sum(any(id(parameter) in trained for parameter in model.parameters()) for model in self._denoisers)
-        return Cost(passes, len(self._denoisers) + len(self.method.averages()), training)
+        copies = [spec.module for spec in self.method.averages().values()]
+        return Cost(passes, len(self._denoisers) + sum(map(self._is_new, copies)), training)
+
+    def _is_new(self, module: nn.Module) -> bool:
+        """Whether a network is none of those made here, but a copy that the method made."""
+        made = {id(parameter) for model in self._denoisers for parameter in model.parameters()}
+        return all(id(parameter) not in made for parameter in module.parameters())
 
     def _take(self, term: Term, rng: Rng) -> None:
         """One term's forward and backward pass, as the loop does it: its player trains, the others are frozen."""
