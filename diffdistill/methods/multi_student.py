@@ -66,6 +66,7 @@ class MultiStudent(Method):
             return range(self.students) if self.only < 0 else (self.only,)
 
     reference = "Song et al. 2024, arXiv:2410.23274"
+    presets = ("cifar10", "imagenet64")
     example = {"method": {"students": 2, "inside": {"name": "dmd2", "ratio": 1}}}
     needs_teacher = True
     reads = "what the method inside reads, for each student k as k/conditions, k/images, k/pairs"
