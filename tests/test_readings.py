@@ -171,7 +171,7 @@ def test_the_gap_of_an_average_is_relative_and_logged(tmp_path):
 
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_references_are_the_teachers_samples_once_and_however_they_are_parted(accumulate, tmp_path):
-    schedule = Schedule(steps=2, batch=4, accumulate=accumulate, log_every=1, save_every=0)
+    schedule = Schedule(steps=2, batch=12, accumulate=accumulate, log_every=1, save_every=0)
     trainer = make_trainer(CASES["dmd2"], tmp_path, schedule=schedule)
     trainer.run()
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
