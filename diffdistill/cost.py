@@ -11,7 +11,7 @@ from diffdistill.config import Config, StepsConfig
 from diffdistill.critic import Critic, Discriminator, DiscriminatorHead
 from diffdistill.denoiser import Denoiser
 from diffdistill.generator import Generator
-from diffdistill.method import Action, Method, Networks, Sample, Term, method_of
+from diffdistill.method import Action, Method, Networks, Sample, Term, Weights, method_of
 from diffdistill.prediction import Prediction
 from diffdistill.process import VE
 from diffdistill.rng import Rng
@@ -64,7 +64,7 @@ class Sketch:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self._teacher = Teacher(self._denoiser("teacher"), guidance=guidance) if kind.needs_teacher else None
-            networks = Networks(self._generator, self._critic, self._teacher, self._discriminator)
+            networks = Networks(self._generator, self._critic, self._teacher, self._discriminator, _saved)
             self.method: Method = kind(config.method, networks)
 
     def cost(self) -> Cost:
@@ -82,7 +82,7 @@ class Sketch:
         passes = {role: Passes(p.forward / share, p.backward / share) for role, p in seen}
         trained = {id(parameter) for spec in self.method.players().values() for parameter in spec.parameters.values()}
         training = sum(any(id(parameter) in trained for parameter in model.parameters()) for model in self._denoisers)
-        copies = [spec.module for spec in self.method.averages().values()]
+        copies = [*(spec.module for spec in self.method.averages().values()), *self.method.frozen().values()]
         return Cost(passes, len(self._denoisers) + sum(map(self._is_new, copies)), training)
 
     def _is_new(self, module: nn.Module) -> bool:
@@ -138,3 +138,13 @@ class Sketch:
 
     def _discriminator(self) -> Discriminator:
         return Discriminator([DiscriminatorHead([(WIDTH,)])], taps=(TAP,), trunk=self._teacher.denoiser)
+
+
+def _saved(folder: str, step: int) -> Weights:
+    """Weights of the step alone, in place of those of another run."""
+
+    def fill(denoiser: Denoiser) -> None:
+        for parameter in denoiser.parameters():
+            nn.init.constant_(parameter, 1 / step)
+
+    return Weights(f"{folder} at step {step}", f"{folder} {step}", fill)

@@ -78,7 +78,10 @@ def test_every_setting_has_a_meaning(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_the_example_of_a_method_is_a_recipe_that_builds(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert f"method {name}, output runs/" in api.check(example(name))
+    recipe = example(name)
+    if name == "disback":
+        recipe["method"] |= {"degraded": "", "nodes": []}  # no run of the first stage is here
+    assert f"method {name}, output runs/" in api.check(recipe)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -48,7 +48,7 @@ class DisBack(Method):
         inside: MethodConfig  # a score method with its settings
         degraded: str = ""  # folder of the `degrade` run; exactly where there are nodes
         nodes: tuple[int, ...] = ()  # steps of its checkpoints, the least degraded first; none: the method inside alone
-        steps_per_node: int = 1000  # for which each node stands for the teacher
+        steps_per_node: int = 1000  # generator updates towards each node, before the next
 
         def __post_init__(self):
             if not issubclass(method_of(self.inside), ScoreMethod):
@@ -69,7 +69,8 @@ class DisBack(Method):
                 raise ValueError(f"method.steps_per_node must be at least 1, got {self.steps_per_node}")
 
     reference = "Zhang et al. 2024, arXiv:2408.15991"
-    example = {"method": {"inside": {"name": "dmd2", "ratio": 1}}}
+    presets = ("cifar10", "imagenet64")
+    example = {"method": {"inside": {"name": "dmd2"}, "degraded": "runs/degrade", "nodes": [100, 200, 300]}}
     needs_teacher = True
     reads = "what the method inside does: conditions, and images or pairs where its terms need them"
     trains = "what the method inside trains: generator, critic"

@@ -52,16 +52,16 @@ class LADD(Method):
 
     @dataclass(frozen=True)
     class Config(MethodConfig):
-        loss: Literal["hinge", "softplus"] = "hinge"  # the paper's is hinge
-        discriminator_times: TimeSampler = field(default_factory=lambda: LogNormal(1.0, 1.0))  # of what it is shown
+        loss: Literal["hinge", "softplus"] = "hinge"  # the paper's, or as in DMD2
+        discriminator_times: TimeSampler = field(default_factory=lambda: LogNormal(1.0, 1.0))  # of what the heads see
         same_noise: bool = False  # real and generated of one slot get one time and one noise
         discriminator_updates: int = 1  # in each step
-        r1_weight: float = 0.1  # of the penalty on the discriminator; 0 turns it off
+        r1_weight: float = 0.1  # of the approximate R1 penalty; 0 for none
         r1_sigma: float = 0.1  # standard deviation of the step between the two samples that the penalty compares
         inputs: Literal["noised", "simulated"] = "noised"  # of the generator, where it has several steps
         step_probabilities: tuple[float, ...] = ()  # of each time of generator.grid; empty: all alike
         first_probabilities: tuple[float, ...] = ()  # the same in the first `first_steps` steps
-        first_steps: int = 0  # how long those hold; 0: never
+        first_steps: int = 0  # how many those are
 
         def __post_init__(self):
             if self.discriminator_updates < 1:
@@ -82,6 +82,7 @@ class LADD(Method):
                 )
 
     reference = "Sauer et al. 2024, arXiv:2403.12015"
+    presets = ("cifar10", "imagenet64")
     example = {"critic": {"trunk": "teacher"}}
     needs_teacher = True
     reads = "images"
