@@ -56,7 +56,7 @@ class PhasedDMD(Method):
         weighting: Literal["clamp10", "margin"] = "clamp10"  # of the critic: the paper's, or equal above a margin
         margin: float = 0.02  # of weighting=margin: the share of the time that lies idle above an edge
         normalised: bool = True  # by mean |x0 - mu_real| of each sample, as DMD
-        normaliser_floor: float = 1e-4  # at least, where the direction is normalised
+        normaliser_floor: float = 1e-4  # of that mean
 
         def __post_init__(self):
             for name in ("steps_per_phase", "phases"):
@@ -75,7 +75,11 @@ class PhasedDMD(Method):
                 raise ValueError(f"method.normaliser_floor must be positive, got {self.normaliser_floor}")
 
     reference = "Fan et al. 2025, arXiv:2510.27684"
-    example = {"method": {"steps_per_phase": [500]}, "generator": {"grid": [80.0, 2.5], "step_rule": "euler"}}
+    presets = ("cifar10", "imagenet64")
+    example = {
+        "method": {"steps_per_phase": [500]},
+        "generator": {"grid": [80.0, 2.5], "step_rule": "euler"},
+    }
     needs_teacher = True
     reads = "conditions"
     trains = "generator, critic of each phase"
