@@ -189,8 +189,9 @@ def test_a_watch_goes_on_from_its_state_bit_for_bit(cut):
     found = [first.see(step, readings, REFERENCE) for step, readings in log[:cut]]
     second = Watch()
     second.load(json.loads(json.dumps(first.state())))
+    assert vars(second) == vars(first)
     found += [second.see(step, readings, REFERENCE) for step, readings in log[cut:]]
-    assert found == expected and any(expected) and second.state() == whole.state()
+    assert found == expected and any(expected)
 
 
 def test_an_interrupted_spoiled_run_says_what_an_uninterrupted_one_says(start, tmp_path):  # noqa: F811

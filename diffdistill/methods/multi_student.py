@@ -17,6 +17,8 @@ from diffdistill.method import (
     Update,
     method_of,
 )
+from diffdistill.readings import Reading
+from diffdistill.rng import Rng
 from diffdistill.routed import Routed
 from diffdistill.shares import Blocks, Shares, table
 
@@ -97,6 +99,13 @@ class MultiStudent(Method):
         plans = [[_owned(number, item) for item in student.plan(step)] for number, student in self.students.items()]
         return tuple(_joined(items) for items in zip(*plans, strict=True))
 
+    def references(self, batch: Batch, rng: Rng) -> Mapping[str, Reading]:
+        return {
+            f"{number}/{name}": reading
+            for number, student in self.students.items()
+            for name, reading in student.references(_own(f"{number}/", batch), rng).items()
+        }
+
     def averages(self) -> Mapping[str, AverageSpec]:
         return {
             f"{name}_{number}": AverageSpec(f"{number}/{spec.player}", spec.module, spec.decay)
@@ -123,21 +132,23 @@ def _routed(config: MultiStudent.Config, students: Mapping[int, Sampler]) -> tup
     return Routed(students, table(shares)), shares
 
 
+def _own(prefix: str, entries: Mapping) -> dict:
+    """The entries of a student, under the names that it knows."""
+    return {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)}
+
+
 def _owned(number: int, item: Update | Action) -> Update | Action:
     """An item of a student's plan, under the names that its players and streams have in the run."""
     prefix = f"{number}/"
 
-    def own(entries: Mapping) -> dict:
-        return {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)}
-
     def term(inner: Term) -> Term:
         def loss(batch: Batch, rng):
-            return inner.loss(own(batch), rng)
+            return inner.loss(_own(prefix, batch), rng)
 
         return Term(prefix + inner.player, inner.name, loss)
 
     if isinstance(item, Action):
-        return Action(prefix + item.name, lambda specs: item.act(own(specs)))
+        return Action(prefix + item.name, lambda specs: item.act(_own(prefix, specs)))
     return Update(tuple(term(inner) for inner in item.terms))
 
 
