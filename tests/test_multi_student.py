@@ -200,8 +200,10 @@ def test_a_student_alone_is_the_student_among_all_bit_for_bit(students, tmp_path
         own = all_tensors(alone)
         assert own.keys() == {key for key in together if key.startswith(f"{only}/")}
         assert all(torch.equal(own[key], together[key]) for key in own)
-        ours, theirs = (json.loads((run / "log.jsonl").read_text()) for run in (alone.output, joint.output))
-        assert all(ours[key] == theirs[key] for key in ours if key != "seconds")
+        logs = [(run / "log.jsonl").read_text().splitlines() for run in (alone.output, joint.output)]
+        assert len(logs[0]) == len(logs[1]) == 2  # the references, and the last step
+        for ours, theirs in zip(*([json.loads(line) for line in log] for log in logs), strict=True):
+            assert all(ours[key] == theirs[key] for key in ours if key != "seconds")
 
 
 class Seen:

@@ -15,6 +15,7 @@ from diffdistill.denoiser import Denoiser
 from diffdistill.method import (
     Action,
     AverageSpec,
+    Batch,
     Method,
     MethodConfig,
     Networks,
@@ -25,6 +26,8 @@ from diffdistill.method import (
     method_of,
 )
 from diffdistill.methods.score import ScoreMethod
+from diffdistill.readings import Reading
+from diffdistill.rng import Rng
 from diffdistill.teacher import Teacher
 
 
@@ -104,6 +107,9 @@ class DisBack(Method):
 
     def players(self) -> Mapping[str, PlayerSpec]:
         return self.inside.players()
+
+    def references(self, batch: Batch, rng: Rng) -> Mapping[str, Reading]:
+        return self.inside.references(batch, rng)  # of the teacher itself: before the first step it holds no node
 
     def frozen(self) -> Mapping[str, nn.Module]:
         own = {"node": self._target} if self.nodes else {}
