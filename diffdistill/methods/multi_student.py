@@ -100,10 +100,11 @@ class MultiStudent(Method):
         return tuple(_joined(items) for items in zip(*plans, strict=True))
 
     def references(self, batch: Batch, rng: Rng) -> Mapping[str, Reading]:
+        every = range(len(rng.slots))  # a stream for each student, so that alone it draws the same
         return {
             f"{number}/{name}": reading
             for number, student in self.students.items()
-            for name, reading in student.references(_own(f"{number}/", batch), rng).items()
+            for name, reading in student.references(_own(f"{number}/", batch), rng.rows(every)).items()
         }
 
     def averages(self) -> Mapping[str, AverageSpec]:
