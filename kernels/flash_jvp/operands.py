@@ -44,7 +44,12 @@ def strides(x: Tensor | None, unit: int) -> tuple[int, ...]:
 
 def features(q: Tensor, k: Tensor, logits: Logits) -> tuple[str, ...]:
     """What tiles depend on besides architecture, dtype, sizes and tangents, as `tiles.tile_for` takes it."""
-    has = {"biased": logits.bias_is_matrix, "capped": logits.softcap > 0, "grouped": q.shape[1] != k.shape[1]}
+    has = {
+        "biased": logits.bias_is_matrix,
+        "capped": logits.softcap > 0,
+        "grouped": q.shape[1] != k.shape[1],
+        "causal": logits.diagonal is not None,
+    }
     return tuple(name for name, present in has.items() if present)
 
 

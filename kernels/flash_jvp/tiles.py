@@ -141,10 +141,12 @@ _TILES_OF_TANGENTS = {
 }
 # What costs registers or shared memory besides, and its tiles. A bias without one of its own takes one stage less.
 _FEATURE_TILES = {
-    ("fused", "biased"): {64: {90: Tile(128, 64, 8, 3)}, 128: {90: Tile(128, 32, 8, 3, True)}},
-    ("keys", "biased"): {64: {90: Tile(64, 128, 8, 2)}, 128: {90: Tile(32, 128, 8, 2, True)}},
+    ("fused", "biased"): {64: {90: Tile(128, 64, 8, 3, True)}, 128: {90: Tile(128, 32, 8, 3, True)}},
+    ("tangent", "biased"): {128: {90: Tile(128, 64, 8, 2, True)}},
+    ("keys", "biased"): {64: {90: Tile(64, 128, 8, 2, True)}, 128: {90: Tile(32, 128, 8, 2, True)}},
     ("keys", "capped"): {128: {90: Tile(32, 128, 8, 2, True)}},
-    ("keys", "grouped"): {128: {90: Tile(32, 128, 8, 2, True)}},
+    ("keys", "grouped"): {64: {90: Tile(64, 128, 8, 2, True)}, 128: {90: Tile(32, 128, 8, 2, True)}},
+    ("keys", "causal"): {128: {90: Tile(64, 128, 8, 2)}},
 }
 # float32 is multiplied exactly, by ordinary instructions, which hold whole rows in registers: small tiles, and from 128
 # on they spill all the same. It is for checking results, not for speed.
@@ -166,8 +168,8 @@ def tile_for(
         arch: INTERPRETER or an entry of ARCHITECTURES.
         sizes: the head sizes, d and dv, each at most 256.
         tangents: which of "q", "k" and "v" carry one, in this order.
-        features: some of "biased" (by a bias that differs between queries and between keys), "capped" (by a softcap)
-            and "grouped" (several query heads share a key), in this order.
+        features: some of "biased" (by a bias that differs between queries and between keys), "capped" (by a softcap),
+            "grouped" (several query heads share a key) and "causal"; the first that has a tile of its own decides.
     """
     if arch == INTERPRETER:
         return INTERPRETED

@@ -8,6 +8,7 @@ import itertools
 
 import pytest
 import torch
+import triton
 
 from flash_jvp import fused
 from flash_jvp.compiled import BACKWARD, MASKS, SHARED_KIB, compile_for, example, inspect
@@ -25,9 +26,12 @@ BUDGETS = {
     ("fused", 128): {80: 26, 120: 47},
     ("fused", 256): {80: 7, 90: 22, 100: 18, 120: 18},  # on sm_90 14 with Triton 3.7.1
     ("tangent", 72): {80: 20, 120: 23},
-    ("tangent", 256): {80: 12, 90: 12, 120: 10},
+    ("tangent", 256): {80: 13, 90: 14, 120: 13},
     ("queries", 72): {120: 13},
 }
+# and what Triton 3.6.0 needs beyond that, on an architecture that it knew little of
+if triton.__version__.startswith("3.6."):
+    BUDGETS |= {("tangent", 128): {100: 3}, ("keys", 64): {100: 6}, ("keys", 72): {100: 28}, ("keys", 128): {100: 41}}
 FLOAT32_BUDGETS = {
     "fused": {64: 0, 128: 147, 256: 979},
     "queries": {64: 2, 128: 0, 256: 491},
