@@ -145,7 +145,7 @@ _FEATURE_TILES = {
     ("tangent", "biased"): {128: {90: Tile(128, 64, 8, 2, True)}},
     ("keys", "biased"): {64: {90: Tile(64, 128, 8, 2, True)}, 128: {90: Tile(32, 128, 8, 2, True)}},
     ("keys", "capped"): {128: {90: Tile(32, 128, 8, 2, True)}},
-    ("keys", "grouped"): {64: {90: Tile(64, 128, 8, 2, True)}, 128: {90: Tile(32, 128, 8, 2, True)}},
+    ("keys", "grouped"): {64: {90: Tile(32, 128, 8, 2, True)}, 128: {90: Tile(32, 128, 8, 2, True)}},
     ("keys", "causal"): {128: {90: Tile(64, 128, 8, 2)}},
 }
 # float32 is multiplied exactly, by ordinary instructions, which hold whole rows in registers: small tiles, and from 128
