@@ -11,6 +11,7 @@ of 2 M N d FLOP in all):
   all keys have in common. (In bfloat16, with keys of mean 10 sigma and values of mean 3, dq is off by 40 % in PyTorch's
   flash backward on the CPU and by 0.7 % here.)
 - In float32 the first pass also measures the sum of P, for a log-sum-exp of 100 is rounded by 4e-6; P is divided by it.
+  The second pass must then round S as the first did: both multiply q by k^T, for k q^T may be summed in another order.
 - The second pass adds up the query heads of a group itself: no atomics, so every run gives the same bits.
 - Capped, biased and bounded logits, as everywhere here (`tile_logits`).
 
@@ -338,8 +339,12 @@ def gradient_of_keys(
                     BIAS_PER_ROW,
                     BIAS_PER_KEY,
                 )
+                if inverse is not None:
+                    product = tl.trans(tile_product(q_tile, tl.trans(k_tile), None, PRECISION))
+                else:
+                    product = tile_product(k_tile, tl.trans(q_tile), None, PRECISION)
                 s, slope = tile_logits(
-                    tile_product(k_tile, tl.trans(q_tile), None, PRECISION),
+                    product,
                     rows[None, :],
                     keys[:, None],
                     existing,
