@@ -115,7 +115,7 @@ def test_what_is_damaged_or_in_the_way_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"expert-1/config.json is missing or not the file that was exported"):
         RelayPipeline(tmp_path / "out")
     (tmp_path / "out" / "relay.json").write_text('{"format": "diffdistill router", "version": 1}')
-    with pytest.raises(ValueError, match="is no diffdistill relay of version 1"):
+    with pytest.raises(ValueError, match="is 'diffdistill router' of version 1, and this reads 'diffdistill relay'"):
         RelayPipeline(tmp_path / "out")
     with pytest.raises(ValueError, match="has no relay.json"):
         RelayPipeline(tmp_path)

@@ -13,7 +13,8 @@ from test_export import TOLERANCE, edm, steps, unet
 
 from diffdistill.api import load_routed
 from diffdistill.exporting import Refusal, RoutedPipelines, write_routed
-from diffdistill.exporting.routed import Seeds, compare_routed
+from diffdistill.exporting.routed import compare_routed
+from diffdistill.exporting.seeds import Seeds
 from diffdistill.generator import Generator
 from diffdistill.prediction import Prediction
 from diffdistill.routed import Routed
@@ -82,7 +83,7 @@ def test_a_damaged_missing_or_foreign_file_is_refused(tmp_path):
     write_routed(ROUTED["edm, one step"](), folder)
     manifest = (folder / "router.json").read_text()
     (folder / "router.json").write_text(manifest.replace('"version": 1', '"version": 2'))
-    with pytest.raises(ValueError, match="is of version 2, and this reads 1"):
+    with pytest.raises(ValueError, match="router' of version 2, and this reads 'diffdistill router' of version 1"):
         load_routed(folder)
     (folder / "router.json").write_text(manifest[:50])
     with pytest.raises(ValueError, match="is damaged"):

@@ -34,8 +34,11 @@ def read_manifest(path: Path, *, kind: str, version: int) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); export again") from error
-    if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("version")) != (kind, version):
-        raise ValueError(f"{path} is no {kind} of version {version}, which is what this reads; export again")
+    found = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else (None, None)
+    if found != (kind, version):
+        raise ValueError(
+            f"{path} is {found[0]!r} of version {found[1]}, and this reads {kind!r} of version {version}; export again"
+        )
     return manifest
 
 

@@ -8,8 +8,6 @@ README.md      how to sample with and without diffdistill
 """
 
 import json
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +20,11 @@ from diffdistill.backbones.diffusers import FAMILIES
 from diffdistill.denoiser import CLOCKS
 from diffdistill.exporting.flow import require_flow
 from diffdistill.exporting.manifest import checksums, read_manifest, verify
-from diffdistill.exporting.routed import Seeds
+from diffdistill.exporting.place import beside, require_free
+from diffdistill.exporting.seeds import Seeds
 from diffdistill.exporting.stock import Refusal, Request, request, require
 from diffdistill.exporting.variance_preserving import first_order_scheduler, indices
-from diffdistill.exporting.write import TOLERANCE, quiet, require_free
+from diffdistill.exporting.write import TOLERANCE, quiet
 from diffdistill.generator import Generator
 from diffdistill.prediction import Prediction
 from diffdistill.process import VE, VP, Rectified
@@ -181,39 +180,30 @@ def write_relay(
     asked = [request(expert, vae, dtype) for expert in sampler.experts]
     rounded = Relay([one.generator for one in asked])
     scheduler, steps = _scheduler(rounded, asked[0])
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with beside(folder) as made:
         experts = []
         for number, (one, expert) in enumerate(zip(asked, sampler.experts, strict=True)):
             nn.Module.to(one.network, dtype)
             part = {"class": one.family, "folder": f"expert-{number}", "times": expert.grid}
-            one.network.save_pretrained(beside / part["folder"], safe_serialization=True)
+            one.network.save_pretrained(made / part["folder"], safe_serialization=True)
             experts.append(part)
-        scheduler.save_pretrained(beside / "scheduler")
+        scheduler.save_pretrained(made / "scheduler")
         manifest = _manifest(rounded, experts) | {
             "scheduler": {"class": type(scheduler).__name__, "folder": "scheduler", **steps}
         }
         if vae is not None:
-            vae.save_pretrained(beside / "vae", safe_serialization=True)
+            vae.save_pretrained(made / "vae", safe_serialization=True)
             manifest["vae"] = {"class": type(vae).__name__, "folder": "vae"}
-        manifest["files"] = checksums(beside, root=beside)
-        (beside / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        difference = compare_relay(RelayPipeline(beside), rounded)
+        manifest["files"] = checksums(made, root=made)
+        (made / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        difference = compare_relay(RelayPipeline(made), rounded)
         if not difference < tolerance:  # NaN fails too
             raise ValueError(
                 f"{type(scheduler).__name__} with these experts differs from the generators by {difference:.2e}, and "
                 f"{tolerance:.0e} is allowed; nothing was written"
             )
         text = CARD.format(count=len(asked), steps=len(sampler.grid), manifest=MANIFEST, difference=difference)
-        (beside / "README.md").write_text(text)
-        for path in (beside, *beside.rglob("*")):  # temporary folders are private
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        if folder.exists():
-            shutil.rmtree(folder)
-        beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        (made / "README.md").write_text(text)
     return RelayReport(folder, tuple(one.family for one in asked), type(scheduler).__name__, difference)
 
 

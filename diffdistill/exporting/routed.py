@@ -5,10 +5,7 @@ student-0/     a stock diffusers pipeline, as `write_pipeline` makes it; and so 
 README.md      how to sample with and without diffdistill
 """
 
-import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.exporting.compare import watched
+from diffdistill.exporting.manifest import checksums, read_manifest, verify
+from diffdistill.exporting.place import beside, require_free
+from diffdistill.exporting.seeds import Seeds
 from diffdistill.exporting.stock import Refusal, request, require
-from diffdistill.exporting.write import TOLERANCE, Report, quiet, require_free, write_pipeline
+from diffdistill.exporting.write import TOLERANCE, Report, quiet, write_pipeline
 from diffdistill.generator import Generator
 from diffdistill.routed import Routed
 
-MANIFEST = "router.json"
-VERSION = 1
+MANIFEST, FORMAT, VERSION = "router.json", "diffdistill router", 1
 
 CARD = """---
 library_name: diffusers
@@ -79,25 +78,6 @@ class RoutedReport:
         )
 
 
-class Seeds:
-    """The noise that stock pipelines draw for a list of generators, one seed for each sample, for `Routed.sample`."""
-
-    def __init__(self, generators: Sequence[torch.Generator]):
-        self._generators = list(generators)
-
-    @staticmethod
-    def of(seeds: Sequence[int]) -> "Seeds":
-        return Seeds([torch.Generator().manual_seed(seed) for seed in seeds])
-
-    def normal(self, shape: Sequence[int]) -> Tensor:
-        """Standard normal numbers of shape (N, *shape), each row of its own generator."""
-        return torch.cat([torch.randn((1, *shape), generator=generator) for generator in self._generators])
-
-    def rows(self, places: Sequence[int]) -> "Seeds":
-        """The generators at these places, going on where they are."""
-        return Seeds([self._generators[place] for place in places])
-
-
 class RoutedPipelines:
     """The stock pipelines of a folder that `write_routed` wrote, sampled by one call.
 
@@ -111,12 +91,12 @@ class RoutedPipelines:
     def __init__(self, folder: Path, *, device: str = "cpu"):
         from diffusers import DiffusionPipeline
 
-        self.folder, manifest = folder, _manifest(folder)
+        self.folder, manifest = folder, read_manifest(folder / MANIFEST, kind=FORMAT, version=VERSION)
         self.router: tuple[int, ...] = tuple(manifest["router"])
         self._calls = [(student["call"], student["takes_batch_size"]) for student in manifest["students"]]
         self.pipelines: list[Any] = []
         for student in manifest["students"]:
-            _verify(folder, student["files"])
+            verify(folder, student["files"])
             with quiet():
                 pipeline = DiffusionPipeline.from_pretrained(folder / student["folder"], dtype=torch.float32)
             pipeline.set_progress_bar_config(disable=True)
@@ -180,18 +160,16 @@ def write_routed(
     folder = Path(folder)
     require_free(folder, replace, marker=MANIFEST)
     students = _all_students(sampler)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with beside(folder) as made:
         reports = [
-            write_pipeline(student, beside / f"student-{number}", dtype=dtype, vae=vae, tolerance=tolerance)
+            write_pipeline(student, made / f"student-{number}", dtype=dtype, vae=vae, tolerance=tolerance)
             for number, student in enumerate(students)
         ]
-        entries = [_entry(beside, report) for report in reports]
-        manifest = {"format": "diffdistill router", "version": VERSION, "router": sampler.table, "students": entries}
-        (beside / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        entries = [_entry(made, report) for report in reports]
+        manifest = {"format": FORMAT, "version": VERSION, "router": sampler.table, "students": entries}
+        (made / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         rounded = Routed({n: request(one, vae, dtype).generator for n, one in enumerate(students)}, sampler.table)
-        difference = compare_routed(RoutedPipelines(beside), rounded)
+        difference = compare_routed(RoutedPipelines(made), rounded)
         if not difference < tolerance:  # NaN fails too
             raise ValueError(
                 f"the pipelines behind the router differ from the generators by {difference:.2e}, and {tolerance:.0e} "
@@ -199,14 +177,7 @@ def write_routed(
             )
         last = len(sampler.table) - 1
         text = CARD.format(count=len(students), classes=last + 1, last=last, manifest=MANIFEST, difference=difference)
-        (beside / "README.md").write_text(text)
-        for path in (beside, *beside.rglob("*")):  # temporary folders are private
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        if folder.exists():
-            shutil.rmtree(folder)
-        beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        (made / "README.md").write_text(text)
     return RoutedReport(folder, tuple(reports), difference)
 
 
@@ -236,39 +207,11 @@ def _all_students(sampler: Routed) -> list[Generator]:
 
 def _entry(folder: Path, report: Report) -> dict[str, Any]:
     """What the manifest says of one student."""
-    files = sorted(path for path in report.folder.rglob("*") if path.is_file())
     return {
         "folder": report.folder.name,
         "pipeline": report.pipeline,
         "scheduler": report.scheduler,
         "call": report.call,
         "takes_batch_size": report.takes_batch_size,
-        "files": {path.relative_to(folder).as_posix(): _sha256(path) for path in files},
+        "files": checksums(report.folder, root=folder),
     }
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise ValueError(
-            f"{folder} has no {MANIFEST}; give a folder that `diffdistill export` made of several students"
-        )
-    try:
-        manifest = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); export again") from error
-    if manifest.get("version") != VERSION:
-        raise ValueError(f"{path} is of version {manifest.get('version')}, and this reads {VERSION}; export again")
-    return manifest
-
-
-def _verify(folder: Path, files: dict[str, str]) -> None:
-    for file, checksum in files.items():
-        path = folder / file
-        if not path.is_file() or _sha256(path) != checksum:
-            raise ValueError(f"{path} is missing or not the file that was exported; export again")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

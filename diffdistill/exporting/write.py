@@ -1,8 +1,6 @@
 """Write a generator as a stock pipeline, reopen it, compare, and only then give it its name."""
 
 import contextlib
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from torch import nn
 from diffdistill.exporting.card import card
 from diffdistill.exporting.compare import compare
 from diffdistill.exporting.exporters import find
+from diffdistill.exporting.place import beside, require_free
 from diffdistill.exporting.stock import request
 from diffdistill.generator import Generator
 
@@ -78,15 +77,13 @@ def write_pipeline(
     require_free(folder, replace, marker="model_index.json")
     asked = request(generator, vae, dtype)
     stock = find(asked)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with beside(folder) as made:
         nn.Module.to(asked.network, dtype)  # diffusers' own `to` warns about modules that this call does not concern
-        stock.pipeline.save_pretrained(beside, safe_serialization=True)
+        stock.pipeline.save_pretrained(made, safe_serialization=True)
         with quiet():
-            reopened = DiffusionPipeline.from_pretrained(beside, dtype=torch.float32)
+            reopened = DiffusionPipeline.from_pretrained(made, dtype=torch.float32)
         if type(reopened) is not type(stock.pipeline):
-            raise RuntimeError(f"{beside} reopened as {type(reopened)}, not as {type(stock.pipeline)}")
+            raise RuntimeError(f"{made} reopened as {type(reopened)}, not as {type(stock.pipeline)}")
         difference = compare(stock, reopened, asked.generator)
         if not difference < tolerance:  # NaN fails too
             raise ValueError(
@@ -95,14 +92,7 @@ def write_pipeline(
                 "the first time: if that is the cause, use a v or x0 prediction, or export with a larger tolerance"
             )
         text = card(stock, num_classes=asked.num_classes, num_steps=len(asked.grid), difference=difference)
-        (beside / "README.md").write_text(text)
-        for path in (beside, *beside.rglob("*")):  # temporary folders and safetensors files are private
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        if folder.exists():
-            shutil.rmtree(folder)
-        beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        (made / "README.md").write_text(text)
     return Report(
         folder,
         type(stock.pipeline).__name__,
@@ -112,16 +102,6 @@ def write_pipeline(
         stock.notes,
         stock.takes_batch_size,
     )
-
-
-def require_free(folder: Path, replace: bool, *, marker: str) -> None:
-    """Refuses an existing folder, unless it is to be replaced and has the file that marks such an export."""
-    if not folder.exists():
-        return
-    if not replace:
-        raise ValueError(f"{folder} exists; choose another folder, or replace=True for an earlier export")
-    if not (folder / marker).is_file():
-        raise ValueError(f"{folder} exists and is no pipeline folder, so it is not replaced; choose another folder")
 
 
 @contextlib.contextmanager
