@@ -11,13 +11,13 @@ import copy
 import dataclasses
 import shutil
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from diffdistill import build, checkpoint, coupling, joining, networks, run, trial
+from diffdistill import build, checkpoint, coupling, joining, networks, run, spreading, trial
 from diffdistill.backbones.folder import MEANING
 from diffdistill.config import Config, ConfigError, DataConfig, DenoiserConfig, EvaluateConfig, TeacherConfig
 from diffdistill.evaluation.features import MOMENTS_FILE, Extractor, default_extractor
@@ -118,6 +118,37 @@ def _train(config: Config, trainer: Trainer, budget: Budget, tell: Callable[[str
     ended = "complete" if trainer.step == config.train.steps else "at the end of its budget"
     tell(f"step {trainer.step} of {config.train.steps}: {output} is {ended}")
     return output
+
+
+def distill_spread(
+    config: Config | Mapping | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    launcher: MutableMapping[str, str],
+    budget: Budget = UNLIMITED,
+    say: Callable[[str], None] = print,
+    wandb_mode: str = "offline",
+) -> Path:
+    """As `distill`, for students that torchrun's processes share out among them; the folder of this process's run.
+
+    Each student is a run of its own in OUTPUT-student-K, and the run of all, in `output`, is joined from them when the
+    recipe is at its end; a budget joins nothing. Its weights are those that one process would have trained, where each
+    student has one process.
+
+    Args:
+        launcher: the environment that torchrun made; its ranks become those of one student's processes.
+    Raises:
+        ConfigError: also where nothing can be spread; see `spreading.require_students`.
+    """
+    place = spreading.spread(as_config(config, overrides), launcher)
+    run_of_student = distill(place.own, budget=budget, say=say, wandb_mode=wandb_mode)
+    if budget is not UNLIMITED:
+        return run_of_student
+    joined = place.join()
+    if joined is None:
+        return run_of_student
+    say(f"{joined} has all {place.config.method.students} students")
+    return joined
 
 
 def as_config(config: Config | Mapping | str | Path, overrides: Sequence[str] = ()) -> Config:

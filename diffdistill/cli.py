@@ -13,6 +13,7 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 
@@ -114,7 +115,9 @@ def parser() -> argparse.ArgumentParser:
         "Run an experiment, or go on with it where it was stopped.",
         "diffdistill train configs/fashion/dmd2.yaml train.steps=500 output=runs/short",
         "torchrun --nproc-per-node 2 -m diffdistill train configs/fashion/dmd2.yaml",
+        "torchrun --nproc-per-node 2 -m diffdistill train configs/fashion/multi_student.yaml --spread",
     )
+    train.add_argument("--spread", action="store_true", help="each student of multi_student on processes of its own")
     check = command(
         "check",
         _check,
@@ -247,11 +250,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from diffdistill.api import distill
+    from diffdistill.api import distill, distill_spread
     from diffdistill.trainer import UNLIMITED
 
     budget = _budget(options) or UNLIMITED
-    distill(options.config, options.overrides, budget=budget, wandb_mode=os.environ.get("WANDB_MODE", "offline"))
+    run = partial(distill_spread, launcher=os.environ) if options.spread else distill
+    run(options.config, options.overrides, budget=budget, wandb_mode=os.environ.get("WANDB_MODE", "offline"))
 
 
 def _compare(options: argparse.Namespace) -> None:

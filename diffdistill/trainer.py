@@ -163,7 +163,13 @@ class Trainer:
         self._budget = budget
         self._spent = self._time_up = self.training_seconds >= budget.seconds
         bar = tqdm(
-            total=steps, initial=self.step, unit="step", disable=not self.main, dynamic_ncols=True, mininterval=1
+            desc=self.output.name,
+            total=steps,
+            initial=self.step,
+            unit="step",
+            disable=not self.main,
+            dynamic_ncols=True,
+            mininterval=1,
         )
         first, self._stop_signal, self._stopped = True, None, None
         with self._signals_noted(), bar:

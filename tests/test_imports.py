@@ -62,6 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "networks": NETWORKS | {"backbones", "checkpoint", "config", "evaluation", "memory", "method", "recipe", "run"},
     "run": {"__init__", "checkpoint", "config", "recipe"},
     "joining": {"checkpoint", "config", "methods", "run"},
+    "spreading": {"checkpoint", "config", "joining", "methods"},
     "hooks": {"config", "evaluation", "trainer"},
     "trial": {"backbones", "build", "config", "memory", "method", "methods", "networks", "trainer"},
     "build": {"*", "accelerate"},

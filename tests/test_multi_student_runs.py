@@ -2,7 +2,11 @@
 
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,6 +109,43 @@ def test_runs_that_make_no_whole_are_not_joined(trained, tmp_path, capsys):
     assert not (tmp_path / "joined").exists()
     (tmp_path / "joined").mkdir()
     assert "joined exists" in said(one, other)
+
+
+def launch(*arguments: object, processes: int) -> subprocess.CompletedProcess:
+    """The command line by torchrun's own launcher, on gloo."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m", "diffdistill"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    line += [str(argument) for argument in arguments]
+    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_students_spread_over_processes_are_those_of_one_process_bit_for_bit(trained, tmp_path):
+    spread = ("train", trained / "students.yaml", f"output={tmp_path / 'spread'}", "--spread")
+    left = launch(*spread, "--steps", 1, processes=2)
+    assert left.returncode == 0 and not (tmp_path / "spread").exists(), left.stderr
+    for number in range(2):
+        assert checkpoint.latest(tmp_path / f"spread-student-{number}").name == "step-00000001"
+    done = launch(*spread, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "going on from step 1" in done.stdout and "spread has all 2 students" in done.stdout
+    ours, theirs = (checkpoint.latest(run) for run in (tmp_path / "spread", trained / "students"))
+    assert checkpoint.read_state(ours)["files"] == checkpoint.read_state(theirs)["files"]  # SHA-256 of every file
+    assert ours.name == theirs.name == "step-00000002"
+    again = launch(*spread, processes=2)
+    assert again.returncode == 0, again.stderr
+
+
+def test_what_cannot_be_spread_is_refused_before_anything_is_written(trained, tmp_path, capsys):
+    output = f"output={tmp_path / 'spread'}"
+    spread = ("train", trained / "students.yaml", output, "--spread")
+    assert "1 processes do not share out among method.students=2" in refused(capsys, *spread)
+    assert "only a run of all students" in refused(capsys, *spread, "method.only=1")
+    assert "only a run of all students" in refused(capsys, "train", trained / "teacher.yaml", output, "--spread")
+    (tmp_path / "spread").mkdir()
+    assert "spread exists, and the students' runs are to be joined there" in refused(
+        capsys, *spread, "method.students=1"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["spread"]
 
 
 def test_a_run_of_one_student_makes_its_classes_alone_and_is_not_measured_against_all(trained, tmp_path, capsys):

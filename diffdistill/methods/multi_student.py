@@ -32,9 +32,8 @@ class MultiStudent(Method):
     inside: at one total cost, K students have a K-th of the batch, as in the paper, or a K-th of the steps.
 
     Students share nothing but the teacher, so `only` trains one of them as a run of its own, on any machine, to the
-    very weights that it has in the run of all; `diffdistill join` makes one run of the K. That is also how students are
-    spread over devices: ranks of one run work on the same samples' places, and to split them by student as well would
-    save no communication, since students have none.
+    very weights that it has in the run of all; `diffdistill join` makes one run of the K. `torchrun ... --spread` does
+    both: its processes fall into a group for each student, which have nothing to tell each other.
 
     Conditions and real images of student k are those of its classes. Pairs for a regression are not narrowed, since a
     share of them alone costs modes.
