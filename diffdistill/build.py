@@ -24,12 +24,14 @@ from diffdistill.data.folder import load_images
 from diffdistill.data.image_set import ImageSet
 from diffdistill.data.pairs import fingerprint, read_pairs
 from diffdistill.denoiser import Backbone, Denoiser
+from diffdistill.distances import Lpips
 from diffdistill.generator import Generator
 from diffdistill.health import WARM_STEPS
 from diffdistill.memory import memory_for
 from diffdistill.method import Method, Networks, PlayerSpec
 from diffdistill.methods import METHODS
 from diffdistill.methods.multi_student import MultiStudent
+from diffdistill.perceptual import LpipsNetwork, read_lpips
 from diffdistill.player import RAW, HalfLifeDecay, LearningRate, Player
 from diffdistill.recipe import plain
 from diffdistill.rng import Rng
@@ -84,8 +86,15 @@ def method(config: Config, device: torch.device) -> Method:
             heads = [DiscriminatorHead([shape]).to(device, dtype) for shape in shapes]
         return Discriminator(heads, taps=config.critic.taps, trunk=frozen.denoiser)
 
+    @functools.cache  # frozen, so that students can share it
+    def perceptual(wanted: Lpips) -> LpipsNetwork:
+        wanted.refuse_unseen(tuple(start.sample_shape))
+        networks.refuse_latents(config)
+        with memory_for("the weights of LPIPS"):
+            return read_lpips(Path(wanted.weights), size=wanted.size).to(device, dtype)
+
     saved = functools.partial(networks.node, config, device)
-    chosen = kind(config.method, Networks(new_generator, new_critic, frozen, new_discriminator, saved))
+    chosen = kind(config.method, Networks(new_generator, new_critic, frozen, new_discriminator, saved, perceptual))
     if device != META:
         networks.start_parts(config, chosen.generator)
     return chosen

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from diffdistill.denoiser import CLOCKS
+from diffdistill.distances import DISTANCES, Distance
 from diffdistill.generator import STEP_RULES, check_descending
 from diffdistill.player import RAW, ConstantDecay, PowerDecay
 from diffdistill.prediction import Prediction
@@ -290,5 +291,6 @@ CHOICES: dict[Any, Mapping[str, type]] = {
     AverageConfig: {"constant": ConstantDecay, "half_life": HalfLifeConfig, "power": PowerDecay},
     TimeSampler: TIME_SAMPLERS,
     Shares: SHARES,
+    Distance: DISTANCES,
 }
 NAMES: dict[type, str] = {kind: name for choices in CHOICES.values() for name, kind in choices.items()}

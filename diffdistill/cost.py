@@ -10,6 +10,7 @@ from diffdistill.backbones.mlp import MLP
 from diffdistill.config import Config, StepsConfig
 from diffdistill.critic import Critic, Discriminator, DiscriminatorHead
 from diffdistill.denoiser import Denoiser
+from diffdistill.distances import Lpips, Measure, Squared
 from diffdistill.generator import Generator
 from diffdistill.method import Action, Method, Networks, Sample, Term, Weights, method_of
 from diffdistill.prediction import Prediction
@@ -64,7 +65,9 @@ class Sketch:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self._teacher = Teacher(self._denoiser("teacher"), guidance=guidance) if kind.needs_teacher else None
-            networks = Networks(self._generator, self._critic, self._teacher, self._discriminator, _saved)
+            networks = Networks(
+                self._generator, self._critic, self._teacher, self._discriminator, _saved, _without_network
+            )
             self.method: Method = kind(config.method, networks)
 
     def cost(self) -> Cost:
@@ -138,6 +141,11 @@ class Sketch:
 
     def _discriminator(self) -> Discriminator:
         return Discriminator([DiscriminatorHead([(WIDTH,)])], taps=(TAP,), trunk=self._teacher.denoiser)
+
+
+def _without_network(wanted: Lpips) -> Measure:
+    """In place of a distance that sees pictures; its network is not in units of the generator's."""
+    return Squared().measure(None)
 
 
 def _saved(folder: str, step: int) -> Weights:

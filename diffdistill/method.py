@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diffdistill.critic import Critic, Discriminator
 from diffdistill.denoiser import Condition, Denoiser
+from diffdistill.distances import Lpips, Measure
 from diffdistill.generator import Generator, Sampler
 from diffdistill.readings import Reading
 from diffdistill.rng import Rng
@@ -105,6 +106,7 @@ class Networks:
 
     new_discriminator: heads on the teacher's features.
     node: the weights that a `degrade` run, given by its folder, saved at a step.
+    perceptual: the frozen network behind a distance; the same one each time it is asked for.
     """
 
     new_generator: Callable[[], Generator]
@@ -112,6 +114,7 @@ class Networks:
     teacher: Teacher | None = None
     new_discriminator: Callable[[], Discriminator] | None = None
     node: Callable[[str, int], Weights] | None = None
+    perceptual: Callable[[Lpips], Measure] | None = None
 
 
 class MethodConfig:

@@ -285,6 +285,18 @@ def refuse_unfit_network(model: Denoiser, role: str) -> None:
         )
 
 
+def refuse_latents(config: Config) -> None:
+    """Refuses, for LPIPS, a teacher whose samples another network in its pipeline's folder decodes to pictures."""
+    index = Path(config.teacher.path) / "model_index.json"
+    named = read_json(index, "restore it") if index.is_file() else {}
+    for decoder in ("vae", "vqvae"):
+        if decoder in named:
+            raise ConfigError(
+                f"distance.name=lpips compares pictures in pixels, and teacher.path={config.teacher.path} makes "
+                f"latents for its {decoder}; take name: pseudo_huber or squared"
+            )
+
+
 def refuse_disagreement(student: Denoiser, frozen: Denoiser) -> None:
     """Refuses a student whose samples or classes are not the teacher's."""
     if student.sample_shape != frozen.sample_shape:

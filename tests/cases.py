@@ -16,11 +16,13 @@ from diffdistill.critic import Critic, Discriminator, DiscriminatorHead
 from diffdistill.data import SomeLabels, Stream, Streams
 from diffdistill.data.pairs import Pairs
 from diffdistill.denoiser import Denoiser
+from diffdistill.distances import Lpips
 from diffdistill.generator import Generator
 from diffdistill.method import Method, Networks, PlayerSpec, Sample, Source, Weights
 from diffdistill.methods import METHODS
 from diffdistill.methods.dmd import DMD
 from diffdistill.methods.dmd2 import DMD2
+from diffdistill.perceptual import LpipsNetwork
 from diffdistill.player import ConstantDecay, LearningRate, Player, PowerDecay
 from diffdistill.prediction import Prediction
 from diffdistill.process import VE
@@ -105,6 +107,7 @@ class Case:
             teacher if kind.needs_teacher else None,
             lambda: self._discriminator(teacher.denoiser, dtype),
             random_weights,
+            lambda wanted: small_lpips(wanted).to(dtype),
         )
         return kind(kind.Config(**self.options), networks)
 
@@ -135,6 +138,15 @@ class Case:
             return {"conditions": labels, "images": Labelled(points, classes), "pairs": ends}[source.kind]
 
         return Streams({name: stream(source) for name, source in sources.items()})
+
+
+def small_lpips(wanted: Lpips) -> LpipsNetwork:
+    """LPIPS on two layers in place of VGG16."""
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        features = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 5, 3), nn.ReLU())
+        heads = [torch.rand(4), torch.rand(5)]
+    return LpipsNetwork(features, heads, size=wanted.size, taps=(1, 4))
 
 
 def random_weights(run: str, step: int) -> Weights:
@@ -204,6 +216,7 @@ UNET = Case(
     guidance=1.0,
     taps=("network.mid_block",),
 )
+PERCEPTUAL = Case("dmd", {"distance": Lpips("small", size=16)}, backbone=unet, grid=(20.0,), guidance=1.0)
 
 
 def make_player(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, UNET, all_tensors, make_trainer
+from cases import CASES, PERCEPTUAL, UNET, all_tensors, make_trainer
 from safetensors.torch import load_file, save_file
 from test_contract import assert_same, assert_same_lines, log_lines
 
@@ -16,7 +16,7 @@ from diffdistill.player import whole
 from diffdistill.trainer import NonFinite, Schedule
 
 SCHEDULE = Schedule(steps=2, batch=12, accumulate=3, log_every=2, save_every=1, keep_last=5)
-ALL = {**CASES, "unet": UNET}
+ALL = {**CASES, "unet": UNET, "perceptual": PERCEPTUAL}
 KINDS = ("replicated", "fsdp2")
 RESUMED = ("denoise", "dmd2-alternating-gan")
 

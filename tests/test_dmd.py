@@ -7,6 +7,7 @@ from oracle import Quadrature
 from test_dmd2 import MU, SD, SIGMA, A, M, assert_reaches_the_law, distilled, gradients, start  # noqa: F401  a fixture
 from test_score import exact
 
+from diffdistill.distances import PseudoHuber, Squared
 from diffdistill.method import Sample
 from diffdistill.methods.dmd import DMD
 from diffdistill.trainer import Schedule
@@ -42,17 +43,17 @@ def test_beside_its_regression_it_keeps_the_golden_direction():
     assert [g / SIGMA**2 for g in ours] == pytest.approx((0.38461538, 0.30131527), abs=1e-8)  # T2: 1 / SIGMA^2 = 2.04
 
 
-@pytest.mark.parametrize("distance", ["squared", "pseudo_huber"])
+@pytest.mark.parametrize("distance", [Squared(), PseudoHuber(0.2)])
 def test_its_regression_has_the_closed_gradient(distance):
     """The generator M + A z against the end points MU + SD z: 2 w E d, 2 w E d z; and E d / sqrt(d^2 + c^2) by sums."""
-    method = exact("dmd", regression_weight=0.3, distance=distance, huber=0.2)
+    method = exact("dmd", regression_weight=0.3, distance=distance)
     rng = Quadrature(1, 200)
     z = rng.normal((1,))
     batch = {"conditions": Sample(), "pairs": Sample(x0=MU + SD * z, noise=80 * z)}
     _, regress, *_ = method.plan(0)[0].terms
     assert (regress.player, regress.name) == ("generator", "regress")
     ours = gradients((rng.weights * regress.loss(batch, rng).value).sum(), method)
-    if distance == "squared":
+    if distance == Squared():
         assert ours == pytest.approx((0.6 * (M - MU), 0.6 * (A - SD)), rel=1e-10)
     else:
         d = M - MU + (A - SD) * z[:, 0]

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "diffdistill"
 
 # What each file may import: names of our own modules without "diffdistill.", and packages beyond torch, numpy, pillow,
 # safetensors and the standard library. A folder's name stands for all of its files; "*" is everything of ours.
-TENSORS = {"process", "prediction", "times", "rng", "losses", "solvers"}
+TENSORS = {"process", "prediction", "times", "rng", "losses", "distances", "solvers"}
 NETWORKS = TENSORS | {"denoiser", "teacher", "generator", "relay", "critic", "intervals"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"api"},
@@ -28,6 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "routed": {"denoiser", "generator", "rng"},
     "denoiser": {"process", "prediction"},
     "losses": {"process", "prediction", "denoiser"},
+    "distances": {"losses"},
+    "perceptual": {"losses"},
     "teacher": TENSORS | {"denoiser"},
     "generator": TENSORS | {"denoiser"},
     "relay": TENSORS | {"denoiser", "generator"},
@@ -40,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "player": {"method", "rng"},
     "checkpoint": {"player", "method"},
     "trainer": {"checkpoint", "health", "memory", "player", "method", "readings", "rng", "accelerate", "tqdm"},
-    "config": {"denoiser", "generator", "player", "prediction", "shares", "times"},
+    "config": {"denoiser", "distances", "generator", "player", "prediction", "shares", "times"},
     "recipe": {"config", "method", "methods", "omegaconf", "yaml"},
     "memory": set(),
     "data": {"data", "method", "rng"},

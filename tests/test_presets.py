@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny import write_vgg16
 
 from diffdistill import api
 from diffdistill.backbones.folder import MEANING, NETWORK
@@ -52,7 +53,8 @@ def test_a_preset_builds_and_is_planned(path, stand_ins, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     method = path.stem.removesuffix("-recommended")
     without = WITHOUT_NODES if method == "disback" else []
-    report = api.check(path, [f"teacher.path={stand_ins[path.parent.name]}", *without])
+    given = [f"method.distance.weights={write_vgg16(tmp_path / 'vgg16.safetensors')}"] if method == "dmd" else []
+    report = api.check(path, [f"teacher.path={stand_ins[path.parent.name]}", *without, *given])
     assert f"method {method}, output runs/{path.parent.name}-{path.stem.replace('_', '-')}" in report
     assert "generator" in report and "together" in report
 

@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
+from safetensors.torch import save_file
 
 from diffdistill.cli import main
+from diffdistill.perceptual import vgg16
 
 NUM_CLASSES = 3
 
@@ -60,6 +63,17 @@ def student_recipe(folder: Path, teacher: Path) -> dict:
         "players": {"generator": player, "critic": player},
         "train": {"steps": 2, "batch": 6, "log_every": 1, "save_every": 2, "device": "cpu", "threads": 1},
     }
+
+
+def write_vgg16(path: Path, *, seed: int = 0) -> Path:
+    """A VGG16 of random weights that keep the size of what runs through them, named as in torchvision's file."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, tensor in vgg16().state_dict().items():
+        std = (2 / tensor[0].numel()) ** 0.5 if tensor.ndim == 4 else 0.1
+        state[f"features.{name}"] = std * torch.randn(tensor.shape, generator=generator)
+    save_file(state, path)
+    return path
 
 
 def write_recipe(path: Path, recipe: dict) -> Path:

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from torch import nn
+
 from diffdistill.generator import Generator, Sampler
 from diffdistill.method import (
     Action,
@@ -112,6 +114,11 @@ class MultiStudent(Method):
             for number, student in self.students.items()
             for name, spec in student.averages().items()
         }
+
+    def frozen(self) -> Mapping[str, nn.Module]:
+        found = {f"{n}/{name}": net for n, student in self.students.items() for name, net in student.frozen().items()}
+        once = {id(net): name for name, net in found.items()}  # students may share one
+        return {name: found[name] for name in once.values()}
 
     @staticmethod
     def discriminates(config: Config) -> bool:
