@@ -158,7 +158,7 @@ def shard(spec: PlayerSpec, device: torch.device) -> PlayerSpec:
             if isinstance(part, FSDPModule):
                 part.reshard()  # so that the parameters below are the sharded ones
     parameters = {name: parameter for module in spec.modules for name, parameter in module.named_parameters()}
-    return PlayerSpec(spec.modules, parameters)
+    return dataclasses.replace(spec, parameters=parameters)
 
 
 def _first_forward(module: torch.nn.Module) -> None:

@@ -118,7 +118,8 @@ def initialise(parameters: Mapping[str, Tensor], source: Path, *, player: str, w
     state = read_state(folder)
     file = f"{player}.{'weights' if weights == RAW else f'average-{weights}'}.safetensors"
     if file not in state["files"]:
-        known = sorted(name.removesuffix(".safetensors") for name in state["files"] if ".optimizer." not in name)
+        known = sorted(name.removesuffix(".safetensors") for name in state["files"])
+        known = [name for name in known if not name.endswith((".optimizer", ".means"))]
         raise CheckpointError(f"{folder} has no {file.removesuffix('.safetensors')}; it has {', '.join(known)}")
     stored = read_tensors(folder, file, state)
     # a new recipe may compute in another precision than the old one
@@ -239,12 +240,14 @@ def clear(folder: Path) -> None:
 
 
 def parts(player: Player) -> dict[str, dict[str, Tensor]]:
-    """All tensors of a player: weights, averages, and the optimizer's, by file and name."""
+    """All tensors of a player: weights, averages, running means, and the optimizer's, by file and name."""
     player.make_optimizer_state()
     parameters = player.spec.parameters
     made = {"weights": dict(parameters)}
     for average, copies in player.averages.items():
         made[f"average-{average}"] = dict(zip(parameters, copies.copies, strict=True))
+    if player.spec.means:
+        made["means"] = {name: means.values for name, means in player.spec.means.items()}
     made["optimizer"] = {
         f"{kind}/{name}": tensor
         for name, parameter in parameters.items()

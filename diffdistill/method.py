@@ -13,6 +13,7 @@ from diffdistill.distances import Lpips, Measure
 from diffdistill.generator import Generator, Sampler
 from diffdistill.readings import Reading
 from diffdistill.rng import Rng
+from diffdistill.running_means import RunningMeans
 from diffdistill.teacher import Teacher
 
 
@@ -66,10 +67,14 @@ class Action:
 
 @dataclass(frozen=True)
 class PlayerSpec:
-    """Something trained: its modules, and its parameters by name (a subset of the modules' for LoRA)."""
+    """Something trained: its modules, and its parameters by name (a subset of the modules' for LoRA).
+
+    means: what its losses divide by and add to; they move as it steps, and belong to its state.
+    """
 
     modules: tuple[nn.Module, ...]
     parameters: Mapping[str, nn.Parameter]
+    means: Mapping[str, RunningMeans] = field(default_factory=dict)
 
     @staticmethod
     def of(module: nn.Module) -> "PlayerSpec":

@@ -270,12 +270,12 @@ class Player:
 
     @torch.no_grad()
     def apply(self, step: int, norm: Tensor, finite: Tensor) -> None:
-        """Clip, step, average; then drop the gradients.
+        """Clip, step, average, fold the running means; then drop the gradients.
 
         Args:
             step: of the learning rate and the decays.
             norm: what `gradient_norm` returned.
-            finite: 1, or 0 to change nothing: neither parameters, nor moments and step count, nor averages.
+            finite: 1, or 0 to change nothing: neither parameters, nor moments and step count, nor averages or means.
         """
         if math.isfinite(self.max_norm):
             shrink = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -288,6 +288,8 @@ class Player:
         self.reshard()
         for average in self.averages.values():
             average.follow(step, finite)
+        for means in self.spec.means.values():
+            means.fold(finite)
 
 
 def buckets(tensors: Sequence[Tensor], *, numbers: int = 2**25) -> list[list[Tensor]]:

@@ -530,6 +530,8 @@ def train(method: Method, steps: int, *, batch: int = BATCH, phases: int = 1, **
                 optimizers[name].param_groups[0]["lr"] = rates.get(name, 2e-3) * min(1, 2 - 2 * since / length)
                 optimizers[name].step()
                 optimizers[name].zero_grad()
+                for means in method.players()[name].means.values():
+                    means.fold(torch.ones(()))
                 stepped.add(name)
         for name in averages.keys() & stepped:
             torch._foreach_lerp_(averages[name], [p.detach() for p in players[name]], 0.02 if since > 100 else 0.5)

@@ -138,7 +138,8 @@ ANY_RATIO = (1e-12, 1e12)
 )
 def test_f_distill_weights_the_score_difference(divergence, golden):
     """T7 in score space; with the reverse KL it is T2."""
-    method = exact("f_distill", divergence=divergence, normalised=False, ratio_range=ANY_RATIO)
+    plain = {"normalised": False, "ratio_normalised": False, "weight_normalised": False}
+    method = exact("f_distill", divergence=divergence, ratio_range=ANY_RATIO, **plain)
     assert [IN_SCORES * g for g in matched(method)] == pytest.approx(golden, abs=2e-8)
 
 

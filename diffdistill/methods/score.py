@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -14,6 +14,7 @@ from diffdistill.method import Batch, Loss, Method, MethodConfig, Networks, Play
 from diffdistill.prediction import Prediction
 from diffdistill.readings import Reading, Sketch, of_difference, of_logits, of_samples
 from diffdistill.rng import Rng
+from diffdistill.running_means import RunningMeans
 from diffdistill.times import TimeSampler, Uniform
 
 REFERENCE_STEPS = 10  # of the teacher's solver, for the readings that a run is compared with
@@ -80,6 +81,7 @@ class ScoreMethod(Method):
         self.teacher = networks.teacher
         self.generator = networks.new_generator()
         self.critic = networks.new_critic()
+        self.means: dict[str, RunningMeans] = {}  # that `match` divides by, where it does
         self._sketch = Sketch(self.generator.denoiser.sample_shape)
         fresh = config.ratio - 1  # critic updates on fresh samples
         if len(self.generator.grid) > 1 and config.stops == "rotating" and fresh == 0:
@@ -99,7 +101,8 @@ class ScoreMethod(Method):
         """How far the generator's samples (N, ...) are from the teacher's law, through their gradient."""
 
     def players(self) -> Mapping[str, PlayerSpec]:
-        return {"generator": PlayerSpec.of(self.generator.denoiser), "critic": PlayerSpec.of(self.critic)}
+        generator = replace(PlayerSpec.of(self.generator.denoiser), means=self.means)
+        return {"generator": generator, "critic": PlayerSpec.of(self.critic)}
 
     def streams(self) -> frozenset[str]:
         return frozenset({"conditions", "images"} if self.discriminates(self.config) else {"conditions"})

@@ -3,15 +3,17 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from diffdistill.denoiser import Condition
 from diffdistill.divergences import DIVERGENCES, bounds_of_log, check_divergence
 from diffdistill.losses import full, identity_distillation, normaliser
-from diffdistill.method import Loss
+from diffdistill.method import Loss, Networks
 from diffdistill.methods.score import ScoreConfig, ScoreMethod
 from diffdistill.process import lift
 from diffdistill.rng import Rng
+from diffdistill.running_means import RunningMeans, by_their_mean
 from diffdistill.times import LogNormal, TimeSampler, Uniform
 
 
@@ -23,7 +25,8 @@ class UniInstruct(ScoreMethod):
     discriminator, grad log r = S_real - S_fake, and `ratio_grad=score_injected` puts it in; with `detached`, as in
     released code, the gradient is biased for every divergence but the reverse KL, and less noisy.
 
-    Scores are compared as denoised samples, which drops the weight alpha^2 / sigma^4, as SiD does.
+    Scores are compared as denoised samples, which drops the weight alpha^2 / sigma^4, as SiD does. `weight_normalised`
+    divides h by its mean over earlier steps, and so changes the scale of the gradient alone.
 
     Source: Wang et al. 2025 (Uni-Instruct); the form by SiD's loss is derived here, and checked by quadrature.
     """
@@ -38,6 +41,8 @@ class UniInstruct(ScoreMethod):
         divergence: str = "forward_kl"  # of the eight in divergences.py
         ratio_range: tuple[float, float] = (0.1, 20.0)  # to which the density ratio is clamped
         ratio_grad: Literal["score_injected", "detached"] = "score_injected"  # exact, or as in released code
+        weight_normalised: bool = False  # h by its mean over earlier steps; with `detached`, the calmest there is
+        mean_decay: float = 0.0  # of that mean; 0: of the last step alone
         normalised: bool = True  # by mean |x - mu_real| of each sample, as SiD
         normaliser_floor: float = 1e-5  # of that mean
 
@@ -48,10 +53,19 @@ class UniInstruct(ScoreMethod):
                 raise ValueError("method.gan_weight=0 leaves uni_instruct no discriminator to tell the density ratio")
             if self.normaliser_floor <= 0:
                 raise ValueError(f"method.normaliser_floor must be positive, got {self.normaliser_floor}")
+            if not 0 <= self.mean_decay < 1:
+                raise ValueError(f"method.mean_decay must be in [0, 1), got {self.mean_decay}; 0.9 is calm")
 
     reference = "Wang et al. 2025, arXiv:2505.20755"
     reads = "conditions, images"
     presets = ("cifar10", "imagenet64")
+
+    def __init__(self, config: Config, networks: Networks):
+        super().__init__(config, networks)
+        if config.weight_normalised:
+            device = next(self.generator.denoiser.parameters()).device
+            right = DIVERGENCES[config.divergence].h(torch.zeros(())).item()  # h of a generator that is right
+            self.means["weight"] = RunningMeans(right, decay=config.mean_decay, device=device)
 
     def match(self, fake: Tensor, cond: Condition, rng: Rng) -> Loss:
         config, process, divergence = self.config, self.generator.process, DIVERGENCES[self.config.divergence]
@@ -67,6 +81,8 @@ class UniInstruct(ScoreMethod):
         log_ratio = log_ratio.clamp(*bounds_of_log(config.ratio_range))
         alpha = (1 + divergence.slope(log_ratio)) / 2
         weight = divergence.h(log_ratio)
+        if config.weight_normalised:
+            weight = by_their_mean(weight, self.means["weight"])
         value = weight * identity_distillation(fake, x0_real, x0_fake, alpha=alpha)
         if config.normalised:
             value = value / normaliser(fake, x0_real, floor=config.normaliser_floor)
