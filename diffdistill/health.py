@@ -16,6 +16,7 @@ CRITIC_LOSS = 1.5  # times its running mean
 PEAK, LOUDNESS = 1.3, 1.3  # times the teacher's
 ALIKE, FALLEN = 0.5, 0.75  # of the teacher's spread; of the run's own best spread so far
 ACCURACY, LOGIT_GAP = 0.9, 3.0  # good runs: at most 0.7 and 0.8
+GAN_SHARE = 0.6  # good runs: at most 0.42, with 300 times the customary weight
 DIRECTION = 3.0  # times its running mean
 DIFFERENCE = 1.0  # times the root mean square of the teacher's samples
 RECENT_STEPS, LONG_STEPS = 10, 100  # half-lives of the two running means
@@ -47,7 +48,8 @@ class Watch:
     """Follows a run line by line; a warning is told again only once the run is twice as long as when it was told.
 
     Args:
-        start: the step behind which readings count; those of a warm-up say little.
+        start: steps behind a reading's first one from which on it counts; those of a warm-up say little, that of a
+            player which joins in the middle of a run too.
     """
 
     def __init__(self, start: int = WARM_STEPS):
@@ -55,19 +57,22 @@ class Watch:
         self._last = 0
         self._recent: dict[str, float] = {}
         self._long: dict[str, float] = {}
-        self._first: dict[str, int] = {}  # the step of the line before a reading's first one
+        self._born: dict[str, int] = {}  # the step of the line before a reading's first one
+        self._first: dict[str, int] = {}  # the same of the first one that counts
         self._best: dict[str, float] = {}
         self._told: dict[str, int] = {}
 
     def see(self, step: int, readings: Mapping[str, Any], references: Mapping[str, float]) -> list[Alert]:
         """What the train line of this step gives reason to warn of; nothing where it has seen this step, or a later."""
-        if step <= max(self.start, self._last):
-            self._last = max(step, self._last)
+        if step <= self._last:
             return []
+        numbers = {name: float(value) for name, value in readings.items() if isinstance(value, int | float)}
+        for name in numbers:
+            self._born.setdefault(name, self._last)
         seen = {
-            name: self._follow(name, step, float(value), references.get(name))
-            for name, value in readings.items()
-            if isinstance(value, int | float)
+            name: self._follow(name, step, value, references.get(name))
+            for name, value in numbers.items()
+            if step > self._born[name] + self.start
         }
         self._last = step
         found: dict[str, Alert] = {}
@@ -96,6 +101,7 @@ class Watch:
             "last": self._last,
             "recent": dict(self._recent),
             "long": dict(self._long),
+            "born": dict(self._born),
             "first": dict(self._first),
             "best": dict(self._best),
             "told": dict(self._told),
@@ -106,6 +112,7 @@ class Watch:
         self._last = state["last"]
         self._recent, self._long = dict(state["recent"]), dict(state["long"])
         self._first, self._best, self._told = dict(state["first"]), dict(state["best"]), dict(state["told"])
+        self._born = dict(state.get("born", dict.fromkeys(self._first, 0)))  # an earlier version does not say
 
 
 def alerts_of(log: Iterable[Mapping[str, Any]], start: int = WARM_STEPS) -> list[tuple[int, Alert]]:
@@ -134,7 +141,7 @@ def _alerts(seen: Mapping[str, Seen]) -> Sequence[Alert]:
     for name, it in seen.items():
         *rest, last = name.split("/")
         match last:
-            case "agreement" if it.recent > AGREEMENT[1]:
+            case "agreement" | "edge_agreement" if it.recent > AGREEMENT[1]:
                 alert("critic_lagging", name, AGREEMENT[1], _LAGGING)
             case "agreement" if it.recent < AGREEMENT[0]:
                 alert("critic_lagging", name, AGREEMENT[0], _MISLED)
@@ -150,6 +157,8 @@ def _alerts(seen: Mapping[str, Seen]) -> Sequence[Alert]:
                 alert("discriminator_winning", name, ACCURACY, _WON)
             case "logit_gap" if it.recent > LOGIT_GAP:
                 alert("discriminator_winning", name, LOGIT_GAP, _WON)
+            case "gan_share" if it.recent > GAN_SHARE:
+                alert("gan_dominating", name, GAN_SHARE, _LED)
             case "direction" if it.before is not None and it.recent > DIRECTION * it.before:
                 alert("exploding_direction", name, DIRECTION * it.before, _RISING)
         if rest and rest[-1] == "difference":
@@ -189,7 +198,11 @@ _ALIKE = (
 )
 _WON = (
     "the discriminator wins (VALUE), and tells the generator little. Lower method.gan_critic_weight or "
-    "players.critic.learning_rate, or start from a better generator, without the GAN term"
+    "players.critic.learning_rate (ladd: players.discriminator.learning_rate), or start from a better generator"
+)
+_LED = (
+    "the GAN term leads the generator: a share of VALUE of its direction, and the scores have the rest. Lower "
+    "method.gan_weight, by as many times as the share is to shrink"
 )
 _RISING = (
     "the generator's direction has grown to VALUE, several times its running mean. Lower "

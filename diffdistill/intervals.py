@@ -20,6 +20,8 @@ from diffdistill.prediction import Prediction
 from diffdistill.process import Process, lift
 from diffdistill.times import TimeSampler
 
+WIDE = 10.0  # of b^2, where a target is as good as any
+
 
 class Interval:
     """The noise levels (edge, t_max] of a process, for samples at the edge.
@@ -69,6 +71,16 @@ class Interval:
         on_x0, on_eps, carried = self._coefficients(t, space)
         on_eps = on_eps * (self.process.sigma(t) / b) - on_x0 * (carried / b)
         return lift(on_x0 / self._alpha(t), x_s) * x_s + lift(on_eps, eps) * eps
+
+    def trust(self, t: Tensor) -> Tensor:
+        """min(1, WIDE b^2), shape (N,), b as a share of alpha_t + sigma_t; 1 where the edge is the data.
+
+        Times it, the square of a target's error is bounded close to the edge.
+        """
+        if self.edge == 0:
+            return torch.ones_like(t)
+        share = self.transition(t)[1] / (self.process.alpha(t) + self.process.sigma(t))
+        return (WIDE * share**2).clamp(max=1)
 
     def denoising(
         self,

@@ -157,14 +157,18 @@ def of_samples(x: Tensor, sketch: Sketch) -> dict[str, Reading]:
 
 
 @torch.no_grad()
-def of_difference(x: Tensor, t: Tensor, x0_real: Tensor, x0_fake: Tensor, process: Process) -> dict[str, Reading]:
+def of_difference(
+    x: Tensor, t: Tensor, x0_real: Tensor, x0_fake: Tensor, process: Process, *, trust: Tensor | float = 1.0
+) -> dict[str, Reading]:
     """What tells of the denoised samples of teacher and critic, x0_real and x0_fake, of noised x, at t of shape (N,).
 
     direction: mean absolute d = x0_real - x0_fake. difference/LEVEL: root mean square of d over the samples whose noise
     sigma / (alpha sigma_data) is of that level. agreement: how far the samples themselves bear the critic out. Their
     best denoiser mu has E[x | x_t] = mu, so that the mean of d (x0_real - x) is that of d^2 for a perfect critic: the
     ratio is 1. It is above 1 for a critic that has gone only a part of the way from the teacher, below 1 for one that
-    sees a difference which the samples do not have, or no longer.
+    sees a difference which the samples do not have, or no longer. All that it asks of x is E[x | x_t] = mu, so that
+    the critic's target may stand for a clean sample that does not exist. `trust` is a further weight of the agreement,
+    shape (N,), a function of t alone.
     """
     x, x0_real, x0_fake = full(x), full(x0_real), full(x0_fake)
     d = x0_real - x0_fake
@@ -176,7 +180,7 @@ def of_difference(x: Tensor, t: Tensor, x0_real: Tensor, x0_fake: Tensor, proces
         inside = ((noise >= low) & (noise < high)).to(rms.dtype)
         readings[f"difference/{name}"] = Ratio(rms * inside, inside)
     a, _ = Prediction.F.coefficients(t, process)
-    weight = 1 / a.square()  # brings all noise levels to one scale; of t alone, so that the law holds with it
+    weight = trust / a.square()  # brings all noise levels to one scale; of t alone, so that the law holds with it
     readings["agreement"] = Ratio(weight * (d * (x0_real - x)).flatten(1).mean(1), weight * square)
     return readings
 
@@ -186,3 +190,10 @@ def of_logits(real: Tensor, fake: Tensor) -> dict[str, Reading]:
     """How well a discriminator tells real from fake by its logits, each (N,): their gap, and its accuracy."""
     right = torch.cat([real > 0, fake < 0]).to(torch.float32)
     return {"logit_gap": full(real) - full(fake), "accuracy": right}
+
+
+@torch.no_grad()
+def of_pulls(pull: Tensor, other: Tensor) -> Ratio:
+    """The share that one term's gradients at the samples, (N, ...), have of its own and another's, by their norms."""
+    ours, theirs = (full(gradient).flatten(1).norm(dim=1) for gradient in (pull, other))
+    return Ratio(ours, ours + theirs)

@@ -14,6 +14,7 @@ from test_score import ANY_RATIO, DEFINITIONS, SCORE_METHODS, closed_sid, exact,
 from torch import nn
 
 from diffdistill.divergences import DIVERGENCES, Divergence
+from diffdistill.losses import gan_generator
 from diffdistill.methods import METHODS
 from diffdistill.prediction import Prediction
 from diffdistill.times import TimeSampler
@@ -259,3 +260,27 @@ def test_uni_instruct_with_h_one_and_its_sampling_law_held_fixed_is_sid_at_one(m
     ours = compared("uni_instruct", divergence="held_fixed", normalised=False)
     assert_same_gradient(ours, compared("sid", alpha=1.0, normalised=False))
     assert_same_gradient(compared("sim", distance="squared"), ours, times=2.0)
+
+
+@pytest.mark.parametrize("name", SCORE_METHODS)
+def test_both_terms_reach_the_generator_as_if_they_were_one_and_their_share_is_told(name):
+    """Taken at the samples and handed on there, the gradients are those of the weighted sum, differentiated whole."""
+    config = {"match_weight": 0.7, "gan_weight": 0.3, "gan_critic_weight": 0.1}
+    method = toy(kind=METHODS[name], **config, **({"regression_weight": 0.0} if name == "dmd" else {}))
+    loss = method.plan(0)[0].terms[0].loss(batch(), rng("generator"))
+    ours = network_gradients(method, loss.value.sum())
+    draws, cond = rng("generator"), batch()["conditions"].cond
+    draws.shared.integer(1)
+    fake = method.generator.rollout(method.generator.prior(draws), cond, draws, stop=0)
+    matched = 0.7 * method.match(fake, cond, draws).value
+    t, eps = method.config.gan_times(draws.uniform(), method.generator.process), draws.normal(fake.shape[1:])
+    logits = method.critic.logits(method.generator.process.perturb(fake, eps, t), t, cond)
+    adversarial = 0.3 * gan_generator(logits)
+    torch.testing.assert_close(loss.value, matched + adversarial, rtol=1e-12, atol=1e-14)
+    norms = [
+        torch.autograd.grad(v.sum(), fake, retain_graph=True)[0].flatten(1).norm(dim=1).sum()
+        for v in (matched, adversarial)
+    ]
+    told = loss.readings["gan_share"]
+    torch.testing.assert_close(told.numerator.sum() / told.denominator.sum(), norms[1] / sum(norms), rtol=1e-10, atol=0)
+    assert_same_gradient(ours, network_gradients(method, (matched + adversarial).sum()))

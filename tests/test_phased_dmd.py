@@ -23,6 +23,7 @@ from test_dmd2 import (
 from diffdistill.critic import Critic
 from diffdistill.denoiser import Denoiser
 from diffdistill.generator import Generator
+from diffdistill.intervals import Interval
 from diffdistill.method import Action, Networks, PlayerSpec, Sample, Update
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.methods.phased_dmd import PhasedDMD
@@ -383,3 +384,41 @@ def test_it_reaches_the_law_of_an_exact_teacher_in_two_steps(start):  # noqa: F8
         start, (10.0, 1.0), steps=400, phases=2, kind=PhasedDMD, step_rule="euler", ratio=5, steps_per_phase=(200,)
     )
     assert_reaches_the_law(generator)
+
+
+def test_the_samples_at_an_edge_bear_a_perfect_critic_out():
+    """E d (x0_real - target) = E d^2 at t, with the target that the critic learns from in place of a clean sample."""
+    method, draws = golden(), Quadrature(2, 60)
+    (term, _) = method.plan(0)[0].terms
+    found = term.loss({"conditions": Sample()}, draws).readings
+    assert "agreement" not in found
+    told = found["edge_agreement"]
+    ours = (draws.weights * told.numerator).sum() / (draws.weights * told.denominator).sum()
+    assert ours.item() == pytest.approx(1, rel=1e-9)
+
+
+def test_the_trust_in_a_target_falls_with_its_variance_and_is_whole_without_an_edge():
+    process, t = Rectified(), torch.tensor([0.5, 0.51, 0.6, 0.9], dtype=float64)
+    interval = Interval(process, S)
+    eps = torch.ones(4, 1, dtype=float64)
+    error = interval.target(0 * eps, eps, t.clamp(min=0.5001), Prediction.X0).square()[:, 0] * interval.trust(t)
+    assert interval.trust(t)[0] == 0 and interval.trust(t)[-1] == 1 and error.max() < 10
+    assert (Interval(process, 0.0).trust(t) == 1).all()
+
+
+@pytest.mark.parametrize("rule", ["euler", "ddim"])
+def test_the_references_are_the_steps_that_lead_an_expert_along_the_teachers_way(rule):
+    """An implied x0 moves to the state that it is for, and in the last phase it is that state, the teacher's sample."""
+    method = toy(rule=rule)
+    x, x_s = (rng(name).normal((2,)) for name in ("x", "x_s"))
+    (first, second), edge = method.generator.grid, method.edges[0]
+    implied = method._implied(x, x_s, first, edge)
+    torch.testing.assert_close(method.generator.move(x, implied, first, edge), x_s, rtol=1e-9, atol=1e-9)
+    assert torch.equal(method._implied(x, x_s, second, 0.0), x_s)
+    found = method.references(batch(), rng("references"))
+    assert found.keys() == {f"{k}/generator/match/{name}" for k in (0, 1) for name in ("rms", "peak", "spread")}
+    fine, cond = method.teacher.process.grid(10), batch()["conditions"].cond
+    x = method.generator.prior(rng("references"))
+    for t, r in ((first, second), (second, 0.0)):
+        x = method.teacher.solve(x, (t, *[time for time in fine if r < time < t], r), cond)
+    assert torch.equal(found["1/generator/match/rms"], x.square().mean(1).sqrt())

@@ -19,6 +19,7 @@ from diffdistill.readings import (
     Spread,
     of_difference,
     of_logits,
+    of_pulls,
     of_samples,
 )
 from diffdistill.trainer import Schedule
@@ -191,3 +192,14 @@ def test_no_references_are_made_where_nothing_is_logged(tmp_path):
     seen, trainer.method.teacher.solve = [], lambda *args, **options: seen.append(args)
     trainer.run()
     assert seen == [] and not (tmp_path / "log.jsonl").exists()
+
+
+def test_the_share_of_a_pull_is_that_of_its_norm():
+    pull, other = normal(5, 3, 2), normal(5, 3, 2)
+    told = of_pulls(pull, other)
+    norms = [gradient.flatten(1).norm(dim=1).sum().item() for gradient in (pull, other)]
+    assert told.numerator.sum().item() / told.denominator.sum().item() == pytest.approx(
+        norms[0] / sum(norms), rel=1e-12
+    )
+    alone = of_pulls(pull, 0 * other)
+    assert torch.equal(alone.numerator, alone.denominator)

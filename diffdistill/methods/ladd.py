@@ -17,7 +17,9 @@ from diffdistill.losses import (
     hinge_generator,
 )
 from diffdistill.method import Batch, Loss, Method, MethodConfig, Networks, PlayerSpec, Term, Update
+from diffdistill.methods.score import teacher_samples
 from diffdistill.process import lift
+from diffdistill.readings import Reading, Sketch, of_logits, of_samples
 from diffdistill.rng import Rng
 from diffdistill.times import LogNormal, TimeSampler
 
@@ -112,6 +114,7 @@ class LADD(Method):
                 )
         self._probabilities = config.step_probabilities or (1 / times,) * times
         self._score_fake, self._score_both = LOSSES[config.loss]
+        self._sketch = Sketch(self.generator.denoiser.sample_shape)
 
     def players(self) -> Mapping[str, PlayerSpec]:
         return {
@@ -136,13 +139,19 @@ class LADD(Method):
         judging = Update((Term("discriminator", "judge", judge),))
         return (*[judging] * self.config.discriminator_updates, Update((Term("generator", "fool", fool),)))
 
+    def references(self, batch: Batch, rng: Rng) -> Mapping[str, Reading]:
+        """The readings of the teacher's own samples."""
+        made = teacher_samples(self.teacher, self.generator.denoiser.sample_shape, batch["images"].cond, rng)
+        return {f"generator/fool/{name}": reading for name, reading in of_samples(made, self._sketch).items()}
+
     def _fool(self, batch: Batch, rng: Rng, step: int) -> Loss:
         images, process = batch["images"], self.generator.process
         fake = self._fake(images.x0, images.cond, rng, step)
         t, eps = self._noise(fake, rng)
         # attached: through the frozen teacher to the samples
         logits = self.discriminator(process.perturb(fake, eps, t), t, images.cond)
-        return Loss(self._score_fake(logits).mean(1), {"logit": logits.detach().mean(1)})
+        readings = {**of_samples(fake, self._sketch), "logit": logits.detach().mean(1)}
+        return Loss(self._score_fake(logits).mean(1), readings)
 
     def _judge(self, batch: Batch, rng: Rng, step: int) -> Loss:
         images, process, config = batch["images"], self.generator.process, self.config
@@ -160,7 +169,8 @@ class LADD(Method):
             both = join(both, cond)
         logits = self.discriminator(torch.cat(shown), torch.cat(times), both).chunk(len(shown))
         value = self._score_both(logits[1], logits[0]).mean(1)
-        readings = {"logit_fake": logits[0].detach().mean(1), "logit_real": logits[1].detach().mean(1)}
+        fooled, real = logits[0].detach().mean(1), logits[1].detach().mean(1)  # all heads of a sample judge it together
+        readings = {"logit_fake": fooled, "logit_real": real, **of_logits(real, fooled)}
         if config.r1_weight:
             penalty = approximate_r1(logits[1], logits[2]).mean(1)
             value = value + config.r1_weight * penalty

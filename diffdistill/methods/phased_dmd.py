@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import torch
@@ -16,11 +16,13 @@ from diffdistill.losses import full, inject, matching_direction
 from diffdistill.method import Action, Batch, Loss, Method, MethodConfig, Networks, PlayerSpec, Term, Update
 from diffdistill.prediction import Prediction
 from diffdistill.process import lift
+from diffdistill.readings import Reading, Sketch, of_difference, of_samples
 from diffdistill.relay import Relay
 from diffdistill.rng import Rng
 from diffdistill.times import TimeSampler, Uniform
 
 CLAMP = 10.0  # of the weight 1 / b^2
+REFERENCE_STEPS = 10  # of the teacher's solver over all noise levels, for the readings that a run is compared with
 
 
 class PhasedDMD(Method):
@@ -106,6 +108,7 @@ class PhasedDMD(Method):
         margin = config.margin if config.weighting == "margin" else 0.0
         self.intervals = [Interval(process, edge, margin=margin) for edge in self.edges]
         self._match_times = [interval.restricted(config.match_times) for interval in self.intervals]
+        self._sketch = Sketch(self.generator.denoiser.sample_shape)
         self._critic_times = [interval.restricted(config.critic_times) for interval in self.intervals]
 
     @staticmethod
@@ -170,6 +173,30 @@ class PhasedDMD(Method):
             return (_hand_over(names[phase - 1], name), *updates)
         return updates
 
+    def references(self, batch: Batch, rng: Rng) -> Mapping[str, Reading]:
+        """The readings of the teacher's own steps: of the x0 by which each expert, from its times on the teacher's way
+        from noise to data, would come to the teacher's state at the edge of its phase.
+
+        In the last phase these are the teacher's samples, and an expert's law must be theirs. In the others the law of
+        x_s alone must be the teacher's, and x0 is what the readings can see of it beneath the noise: it has their law
+        for an expert that keeps to the teacher's way, with which it starts.
+        """
+        relay, cond = self.generator, batch["conditions"].cond
+        fine = self.teacher.process.grid(REFERENCE_STEPS)
+        states = {relay.grid[0]: relay.prior(rng)}
+        for t, r in pairwise((*relay.grid, 0.0)):
+            states[r] = self.teacher.solve(states[t], (t, *[time for time in fine if r < time < t], r), cond)
+        found = {}
+        for name, expert, edge in zip(relay.parts, relay.experts, self.edges, strict=True):
+            steps = torch.cat([self._implied(states[t], states[edge], t, edge) for t in expert.grid])
+            found |= {f"{name}/match/{reading}": told for reading, told in of_samples(steps, self._sketch).items()}
+        return found
+
+    def _implied(self, x: Tensor, x_s: Tensor, t: float, edge: float) -> Tensor:
+        """The x0 along which one step of the ODE leads from x at t to x_s at the edge."""
+        move, nothing = self.generator.move, torch.zeros_like(x)
+        return (x_s - move(x, nothing, t, edge)) / move(nothing, torch.ones_like(x), t, edge)
+
     def _carried(self, phase: int, cond: Condition, rng: Rng) -> tuple[Tensor, Tensor]:
         """The predicted x0 of the phase's expert at one of its times, and the x_s it leads to; earlier steps have no
         gradient."""
@@ -184,7 +211,8 @@ class PhasedDMD(Method):
         config, process, interval = self.config, self.generator.process, self.intervals[phase]
         with torch.no_grad():  # detached: DMD treats both scores as constants
             t = self._match_times[phase](rng.uniform(), process)
-            x_t = interval.perturb(x_s, rng.normal(x_s.shape[1:]), t)
+            eps = rng.normal(x_s.shape[1:])
+            x_t = interval.perturb(x_s, eps, t)
             x0_real, x0_fake = self.teacher(x_t, t, cond), self.critics[phase](x_t, t, cond)
             if config.normalised:
                 moved = x0
@@ -193,7 +221,12 @@ class PhasedDMD(Method):
                 moved = x_s
                 weight = interval.transition(t)[0] * process.alpha(t) / process.sigma(t) ** 2
                 direction = lift(weight, x0_real) * (full(x0_fake) - full(x0_real))
-        return Loss(inject(moved, direction), {"direction": direction.abs().flatten(1).mean(1)})
+            clean = interval.target(x_s, eps, t, Prediction.X0)  # what the critic learns from, where x0 is not
+            compared = of_difference(clean, t, x0_real, x0_fake, process, trust=interval.trust(t))
+            if interval.edge:  # beneath the noise there an expert soon has no fault, and its critic's own is left
+                compared["edge_agreement"] = compared.pop("agreement")
+        readings = {**of_samples(x0, self._sketch), **compared, "direction": direction.abs().flatten(1).mean(1)}
+        return Loss(inject(moved, direction), readings)
 
     def _fit(self, phase: int, x_s: Tensor, cond: Condition, rng: Rng) -> Loss:
         config, critic = self.config, self.critics[phase]

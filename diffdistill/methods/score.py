@@ -9,15 +9,22 @@ import torch
 from torch import Tensor
 
 from diffdistill.denoiser import Condition
-from diffdistill.losses import denoising, gan_discriminator, gan_generator
+from diffdistill.losses import denoising, full, gan_discriminator, gan_generator
 from diffdistill.method import Batch, Loss, Method, MethodConfig, Networks, PlayerSpec, Term, Update
 from diffdistill.prediction import Prediction
-from diffdistill.readings import Reading, Sketch, of_difference, of_logits, of_samples
+from diffdistill.readings import Reading, Sketch, of_difference, of_logits, of_pulls, of_samples
 from diffdistill.rng import Rng
 from diffdistill.running_means import RunningMeans
+from diffdistill.teacher import Teacher
 from diffdistill.times import TimeSampler, Uniform
 
 REFERENCE_STEPS = 10  # of the teacher's solver, for the readings that a run is compared with
+
+
+def teacher_samples(teacher: Teacher, shape: Sequence[int], cond: Condition, rng: Rng) -> Tensor:
+    """The teacher's own samples (N, *shape), in REFERENCE_STEPS steps."""
+    times = (*teacher.process.grid(REFERENCE_STEPS), 0.0)
+    return teacher.solve(teacher.process.prior_std(times[0]) * rng.normal(shape), times, cond)
 
 
 @dataclass(frozen=True)
@@ -133,11 +140,7 @@ class ScoreMethod(Method):
         return (Update((generate, Term("critic", "fit", fit_made))), *[fit_new] * (self.config.ratio - 1))
 
     def references(self, batch: Batch, rng: Rng) -> Mapping[str, Reading]:
-        """The readings of the teacher's own samples, in REFERENCE_STEPS steps."""
-        process = self.teacher.process
-        times = (*process.grid(REFERENCE_STEPS), 0.0)
-        noise = process.prior_std(times[0]) * rng.normal(self.generator.denoiser.sample_shape)
-        made = self.teacher.solve(noise, times, batch["conditions"].cond)
+        made = teacher_samples(self.teacher, self.generator.denoiser.sample_shape, batch["conditions"].cond, rng)
         return {f"generator/match/{name}": reading for name, reading in of_samples(made, self._sketch).items()}
 
     def noised(self, fake: Tensor, rng: Rng) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,17 +161,28 @@ class ScoreMethod(Method):
 
     def _generator_loss(self, fake: Tensor, cond: Condition, rng: Rng) -> Loss:
         config, process = self.config, self.generator.process
-        value, readings = fake.new_zeros(len(fake)), of_samples(fake, self._sketch)
-        if config.match_weight:
+        readings = of_samples(fake, self._sketch)
+        if not self.discriminates(config):
             matched = self.match(fake, cond, rng)
-            value = value + config.match_weight * matched.value
+            return Loss(config.match_weight * matched.value, readings | matched.readings)
+        # each term's gradient is taken at the samples, where the two can be compared, and there handed to the generator
+        value, pulls = full(fake).new_zeros(len(fake)), []
+        if config.match_weight:
+            made = fake.detach().requires_grad_(True)
+            matched = self.match(made, cond, rng)
+            pulls.append(_pull(config.match_weight * matched.value, made))
+            value = value + config.match_weight * matched.value.detach()
             readings |= matched.readings
-        if self.discriminates(config):
-            t, eps = config.gan_times(rng.uniform(), process), rng.normal(fake.shape[1:])
-            adversarial = gan_generator(self.critic.logits(process.perturb(fake, eps, t), t, cond))
-            value = value + config.gan_weight * adversarial  # attached: through the frozen trunk to the samples
-            readings["gan"] = adversarial.detach()
-        return Loss(value, readings)
+        made = fake.detach().requires_grad_(True)
+        t, eps = config.gan_times(rng.uniform(), process), rng.normal(fake.shape[1:])
+        adversarial = gan_generator(self.critic.logits(process.perturb(made, eps, t), t, cond))
+        pulls.append(_pull(config.gan_weight * adversarial, made))  # attached: through the frozen trunk to the samples
+        readings["gan"] = adversarial.detach()
+        value = value + config.gan_weight * adversarial.detach()
+        if config.match_weight:
+            readings["gan_share"] = of_pulls(pulls[1], pulls[0])
+        handed = (full(fake) * sum(pulls)).flatten(1).sum(1)
+        return Loss(value + handed - handed.detach(), readings)
 
     def _critic_loss(self, fake: Tensor, batch: Batch, rng: Rng) -> Loss:
         config, process, cond = self.config, self.generator.process, batch["conditions"].cond
@@ -198,3 +212,9 @@ class ScoreMethod(Method):
         x_t = process.perturb(torch.cat([real, fake]), eps, t)
         cond = self.generator.denoiser.backbone.join(real_cond, fake_cond)
         return self.critic.logits(x_t, t, cond).chunk(2)
+
+
+def _pull(value: Tensor, made: Tensor) -> Tensor:
+    """The gradient of each sample's value, shape (N,), with respect to the sample, shape (N, ...)."""
+    (gradient,) = torch.autograd.grad(value.sum(), made)
+    return full(gradient)
