@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill import build, checkpoint, coupling, joining, networks, run, spreading, trial
-from diffdistill.backbones.folder import MEANING
+from diffdistill.backbones.folder import MEANING, META
 from diffdistill.config import Config, ConfigError, DataConfig, DenoiserConfig, EvaluateConfig, TeacherConfig
 from diffdistill.evaluation.features import MOMENTS_FILE, Extractor, default_extractor
 from diffdistill.evaluation.frechet import load_moments
@@ -82,12 +82,16 @@ def distill(
     config = as_config(config, overrides)
     output = Path(config.output)
     run.look(config)
+    build.refuse_unused(config)
     accelerate = build.accelerator(config)
     trainer = build.trainer(
         config, accelerate, output=output, schedule=build.schedule(config), hooks=_hooks(config, accelerate.device)
     )
+    tell = say if trainer.main else lambda line: None
+    if short := trial.shortness(trainer.method, config.train.steps):
+        tell(short)
     with run.held(output, writes=trainer.main):
-        return _train(config, trainer, budget, say if trainer.main else lambda line: None, wandb_mode)
+        return _train(config, trainer, budget, tell, wandb_mode)
 
 
 def _train(config: Config, trainer: Trainer, budget: Budget, tell: Callable[[str], None], wandb_mode: str) -> Path:
@@ -262,6 +266,8 @@ def couple(
         )
     else:
         found = loaded
+    if batch < 1:
+        raise ConfigError(f"batch must be at least 1, got {batch}")
     recipe = coupling.recipe_of(found, count=count, seed=seed, shard=shard)
     coupling.refuse_another(folder, recipe)
     state.wait_for_everyone()  # until all have looked, no process may write
@@ -432,6 +438,8 @@ def check(config: Config | Mapping | str | Path, overrides: Sequence[str] = (), 
     config = as_config(config, overrides)
     run.look(config)
     report = [f"method {config.method_name}, output {config.output}", trial.memory_table(trial.plan_memory(config))]
+    if short := trial.shortness(build.method(config, META), config.train.steps):
+        report.append(short)
     if run_steps:
         with memory_for("the trial"):
             report.append(str(trial.trial(config)))

@@ -126,6 +126,12 @@ def refuse_unused(config: Config) -> None:
                 f"teacher.guidance={frozen.guidance} has no meaning for method {name}, which takes only the weights of "
                 "the teacher; leave guidance out"
             )
+    every = config.evaluate.every
+    if every and isinstance(config.method, MultiStudent.Config) and config.method.only >= 0:
+        raise ConfigError(
+            f"method.only={config.method.only} trains a share of the classes, and evaluate.every={every} would measure "
+            "it against all; set evaluate.every=0, and evaluate the joined run"
+        )
     if not METHODS[name].discriminates(config.method):
         for f in dataclasses.fields(CriticConfig):
             given = getattr(config.critic, f.name)

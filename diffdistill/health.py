@@ -7,8 +7,9 @@
 `alerts_of` does that for a whole log, so that a report says what the run said. README tells what the readings mean.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 AGREEMENT = (0.3, 3.0)  # good runs: 0.85 to 1.3 behind their warm-up
@@ -19,6 +20,7 @@ ACCURACY, LOGIT_GAP = 0.9, 3.0  # good runs: at most 0.7 and 0.8
 GAN_SHARE = 0.6  # good runs: at most 0.42, with 300 times the customary weight
 DIRECTION = 3.0  # times its running mean
 DIFFERENCE = 1.0  # times the root mean square of the teacher's samples
+_PLAYER = re.compile(r"(\d+/)*[^/]+")  # the part of a reading's name that is its player's
 RECENT_STEPS, LONG_STEPS = 10, 100  # half-lives of the two running means
 WARM_STEPS = 20  # that a run is left alone behind the warm-up of its learning rates
 
@@ -50,10 +52,11 @@ class Watch:
     Args:
         start: steps behind a reading's first one from which on it counts; those of a warm-up say little, that of a
             player which joins in the middle of a run too.
+        settings: the key of a recipe whose settings the warnings speak of.
     """
 
-    def __init__(self, start: int = WARM_STEPS):
-        self.start = start
+    def __init__(self, start: int = WARM_STEPS, settings: str = "method"):
+        self.start, self.settings = start, settings
         self._last = 0
         self._recent: dict[str, float] = {}
         self._long: dict[str, float] = {}
@@ -77,9 +80,9 @@ class Watch:
         self._last = step
         found: dict[str, Alert] = {}
         for alert in _alerts(seen):
-            key = f"{alert.warning} of {alert.reading.partition('/')[0]}"  # of one player
+            key = f"{alert.warning} of {_PLAYER.match(alert.reading)[0]}"
             if key not in found and step >= 2 * self._told.get(key, 0):
-                found[key] = alert
+                found[key] = replace(alert, text=alert.text.replace("method.", f"{self.settings}."))
         self._told |= dict.fromkeys(found, step)
         return list(found.values())
 

@@ -59,10 +59,14 @@ class Update:
 
 @dataclass(frozen=True)
 class Action:
-    """A plain act between updates, such as copying weights from one player to another."""
+    """A plain act between updates, such as copying weights from one player to another.
+
+    restarts: the players whose averages begin anew, with the weights that they then have.
+    """
 
     name: str
     act: Callable[[Mapping[str, "PlayerSpec"]], None]
+    restarts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -203,6 +207,15 @@ class Method(ABC):
     def averages(self) -> Mapping[str, AverageSpec]:
         """Averaged networks that a loss reads; none unless a method says so."""
         return {}
+
+    @property
+    def settings(self) -> str:
+        """The key of a recipe under which the settings lie that the readings depend on."""
+        return "method"
+
+    def least_steps(self) -> int:
+        """The generator updates without which a part of what it trains is never reached."""
+        return 1
 
     def frozen(self) -> Mapping[str, nn.Module]:
         """Networks that it keeps in memory, by role, beside the teacher and what is trained; none unless it says so."""

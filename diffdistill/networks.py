@@ -233,11 +233,17 @@ def node(config: Config, device: torch.device, degraded: str, step: int) -> Weig
         CheckpointError: the checkpoint is damaged.
     """
     folder = Path(degraded)
+    if not run.is_run(folder):
+        raise ConfigError(f"method.degraded={folder} holds no run; give the output of a run of degrade")
     theirs = run.read_config(folder)
     if theirs.method_name != "degrade":
-        raise ConfigError(f"{folder} is a run of {theirs.method_name}; give the output of a run of degrade")
-    unguided = dataclasses.replace(config.teacher, guidance=1.0)
-    for key, ours, other in (("teacher", unguided, theirs.teacher), ("generator", config.generator, theirs.generator)):
+        raise ConfigError(
+            f"method.degraded={folder} is a run of {theirs.method_name}; give the output of a run of degrade"
+        )
+    unguided, taught = dataclasses.replace(config.teacher, guidance=1.0), theirs.teacher
+    if Path(unguided.path).resolve() == Path(taught.path).resolve():
+        taught = dataclasses.replace(taught, path=unguided.path)
+    for key, ours, other in (("teacher", unguided, taught), ("generator", config.generator, theirs.generator)):
         if ours != other:
             raise ConfigError(
                 f"{folder} degraded towards another generator: its {key} is {plain(other)}, and here {plain(ours)}; "

@@ -131,6 +131,12 @@ class Average:
         for parameter, copy in zip(self.parameters, self.copies, strict=True):
             local(copy).lerp_(local(parameter), finite.to(copy.dtype) * part)
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin anew, with the parameters as they are."""
+        for parameter, copy in zip(self.parameters, self.copies, strict=True):
+            local(copy).copy_(local(parameter))
+
     @contextmanager
     def swapped_in(self):
         """Within the block the player's modules compute with the averaged values."""

@@ -15,7 +15,7 @@ from torch.distributed import PrefixStore, Store
 
 from diffdistill import checkpoint
 from diffdistill.config import Config, ConfigError
-from diffdistill.joining import join
+from diffdistill.joining import join, require_free
 from diffdistill.methods.multi_student import MultiStudent
 
 POLL_SECONDS = 0.2
@@ -35,7 +35,9 @@ class Place:
     def own(self) -> Config:
         """What the group of this process trains."""
         method = dataclasses.replace(self.config.method, only=self.student)
-        return dataclasses.replace(self.config, method=method, output=str(folders(self.config)[self.student]))
+        evaluate = dataclasses.replace(self.config.evaluate, every=0)  # a share of the classes is not measured
+        output = str(folders(self.config)[self.student])
+        return dataclasses.replace(self.config, method=method, evaluate=evaluate, output=output)
 
     def join(self) -> Path | None:
         """The run of all students, made by the first process when all have come here, or None in the others.
@@ -74,8 +76,8 @@ def require_students(config: Config, processes: int) -> None:
         )
     output = Path(config.output)
     found = checkpoint.latest(output)
-    if output.exists() and (found is None or int(found.name.removeprefix("step-")) != config.train.steps):
-        raise ConfigError(f"{output} exists, and the students' runs are to be joined there; name another output")
+    if found is None or int(found.name.removeprefix("step-")) != config.train.steps:
+        require_free(output)  # the students' runs are to be joined there
 
 
 def spread(config: Config, launcher: MutableMapping[str, str]) -> Place:

@@ -129,7 +129,7 @@ class Trainer:
         self._clocked = True  # since the first step
         for name, spec in method.averages().items():
             players[spec.player].follow_with(name, list(spec.module.parameters()), spec.decay)
-        self._readings, self._watch = Readings(accelerator), Watch(watch_from)
+        self._readings, self._watch = Readings(accelerator), Watch(watch_from, method.settings)
         self._references: dict[str, float] | None = None  # what readings should come to
         # 1 until something is not finite, then 0 for good: every later step of every player is skipped on the device
         self._healthy = torch.ones((), device=accelerator.device)
@@ -212,6 +212,9 @@ class Trainer:
         for index, item in enumerate(self.method.plan(self.step)):
             if isinstance(item, Action):
                 item.act({name: player.spec for name, player in self.players.items()})
+                for name in item.restarts:
+                    for average in self.players[name].averages.values():
+                        average.restart()
             else:
                 update_names, update_flags = self.update(index, item)
                 names += update_names

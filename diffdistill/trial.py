@@ -13,7 +13,7 @@ from diffdistill import build, networks
 from diffdistill.backbones.folder import META
 from diffdistill.config import Config
 from diffdistill.memory import peak_bytes
-from diffdistill.method import Update
+from diffdistill.method import Method, Update
 from diffdistill.methods import METHODS
 from diffdistill.trainer import Every, Trainer
 
@@ -58,6 +58,17 @@ def plan_memory(config: Config) -> list[Role]:
         size = role.weights
         roles.append(replace(role, gradients=size, optimizer=2 * size, averages=averages * size))
     return roles
+
+
+def shortness(chosen: Method, steps: int) -> str:
+    """A line on what a run of so many steps would leave as it is, or ""."""
+    wanted = chosen.least_steps()
+    if steps >= wanted:
+        return ""
+    return (
+        f"train.steps={steps} ends before the last part of what is trained is begun, at step {wanted - 1}: it stays as "
+        "it starts. Train longer, or shorten the parts before it"
+    )
 
 
 def _role(name: str, parameters: Sequence[nn.Parameter]) -> Role:

@@ -253,7 +253,7 @@ def test_train_leaves_at_its_budget_and_says_so(chain, tmp_path, capsys):
 def test_the_log_of_an_earlier_version_gives_the_time_of_an_update_by_its_median(tmp_path):
     folder = tmp_path / "checkpoints" / "step-00000040"
     folder.mkdir(parents=True)
-    (folder / "state.json").write_text(json.dumps({"step": 40, "files": {}}))
+    (folder / "state.json").write_text(json.dumps({"step": 40, "files": {"critic.weights.safetensors": ""}}))
     times = [(10, 5.0), (20, 10.0), (25, 97.0), (30, 3.0), (40, 9.0), (50, 14.0)]  # a pause, a new start, a lost step
     lines = [
         {"kind": "train", "step": step, "critic/fit": 1.0, "critic/gradient_norm": 2.0, "seconds": at}

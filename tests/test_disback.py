@@ -362,7 +362,11 @@ def test_mistakes_about_the_nodes_are_told_before_the_run(folder, capsys):
 
     assert "has no checkpoint of step 4; it has those of 1, 2, 3" in said(disback_recipe(folder, nodes=[1, 4]))
     assert "is a run of denoise" in said(disback_recipe(folder, degraded=str(folder / "teacher")))
-    assert "holds no run" in said(disback_recipe(folder, degraded=str(folder / "exported")))
+    assert "method.degraded=" in (complaint := said(disback_recipe(folder, degraded=str(folder / "exported"))))
+    assert "holds no run" in complaint
+    elsewhere = disback_recipe(folder)
+    elsewhere["teacher"] = {"path": str(folder / "degraded" / ".." / "exported")}  # the same folder
+    api.check(elsewhere)
     other = disback_recipe(folder)
     other["generator"] = {"grid": [10.0]}
     assert "degraded towards another generator" in said(other)

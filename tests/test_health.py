@@ -259,3 +259,23 @@ def test_an_interrupted_spoiled_run_says_what_an_uninterrupted_one_says(start, t
     assert warned(whole)
     for ours, theirs in zip(resumed, whole, strict=True):
         assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+
+
+def test_a_warning_names_the_settings_of_the_method_inside_and_is_told_for_each_player():
+    watch = Watch(start=20, settings="method.inside")
+    found = []
+    for step in range(1000, 20_000, 1000):
+        value = 1.0 if step < 10_000 else 5.0
+        readings = {f"{k}/{name}": value for k in (0, 1) for name in ("critic/fit/score", "generator/match/direction")}
+        found += watch.see(step, readings, {})
+    told = {(alert.warning, alert.reading) for alert in found}
+    assert told == {
+        (kind, f"{k}/{name}")
+        for k in (0, 1)
+        for kind, name in (
+            ("critic_lagging", "critic/fit/score"),
+            ("exploding_direction", "generator/match/direction"),
+        )
+    }
+    assert any("method.inside.ratio" in alert.text for alert in found)
+    assert not any("method.ratio" in alert.text for alert in found)

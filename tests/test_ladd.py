@@ -238,6 +238,12 @@ def test_no_head_is_asked_for_an_average_of_logits_before_the_loss():
     assert loss.readings["logit_real"].abs().max() < 1e-12
 
 
+def test_the_discriminator_is_updated_as_often_as_asked_and_first():
+    for count in (1, 3):
+        players = [update.terms[0].player for update in toy(discriminator_updates=count).plan(0)]
+        assert players == ["discriminator"] * count + ["generator"]
+
+
 @pytest.mark.parametrize("same", [True, False], ids=["same noise", "noises of their own"])
 def test_real_and_generated_may_share_time_and_noise(same):
     method = toy(grid=(5.0,), same_noise=same, r1_weight=0.0)

@@ -80,7 +80,9 @@ def test_students_trained_alone_are_joined_to_the_run_of_all(trained, tmp_path):
     joined = api.join([trained / "only-1", trained / "only-0"], tmp_path / "joined")
     ours, theirs = (checkpoint.read_state(checkpoint.latest(run)) for run in (joined, trained / "students"))
     assert ours["files"] == theirs["files"]  # SHA-256 of every file
-    assert ours["readings"] == theirs["readings"]
+    assert ours["readings"] == theirs["readings"] and ours["references"] == theirs["references"]
+    parts = [checkpoint.read_state(checkpoint.latest(trained / f"only-{number}")) for number in range(2)]
+    assert ours["training_seconds"] == sum(part["training_seconds"] for part in parts)
     assert {"0/generator/match", "1/critic/fit"} <= ours["readings"][0].keys()
     assert ours["step"] == theirs["step"] == 2
     assert torch.equal(api.sample(joined, 5)[0], api.sample(trained / "students", 5)[0])
@@ -103,12 +105,38 @@ def test_runs_that_make_no_whole_are_not_joined(trained, tmp_path, capsys):
     changed = ("method.only=1", f"output={tmp_path / 'changed'}", "players.critic.learning_rate=1e-3")
     command("train", trained / "students.yaml", *changed)
     assert "players.critic.learning_rate is 0.001, and 0.0001 there" in said(one, tmp_path / "changed")
+    unsaved = ("method.only=0", f"output={tmp_path / 'unsaved'}", "train.save_every=0")
+    command("train", trained / "students.yaml", *unsaved)
+    assert "unsaved is at no checkpoint" in said(tmp_path / "unsaved", other)
     further = ("method.only=1", f"output={tmp_path / 'further'}", "train.steps=4")
     command("train", trained / "students.yaml", *further)
     assert "is at step-00000004, and " in said(one, tmp_path / "further")
     assert not (tmp_path / "joined").exists()
     (tmp_path / "joined").mkdir()
+    (tmp_path / "joined" / "notes.txt").touch()
     assert "joined exists" in said(one, other)
+
+
+def test_a_join_that_was_killed_is_made_again(trained, tmp_path, monkeypatch):
+    def killed(path):
+        raise KeyboardInterrupt
+
+    runs, output = [trained / "only-0", trained / "only-1"], tmp_path / "joined"
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(checkpoint, "to_disk", killed)
+        api.join(runs, output)
+    assert output.exists() and checkpoint.latest(output) is None
+    again, whole = (checkpoint.read_state(checkpoint.latest(api.join(runs, o))) for o in (output, tmp_path / "whole"))
+    assert again == whole
+
+
+def test_a_student_alone_is_not_measured_against_all_in_training_or_comparison(trained, tmp_path, capsys):
+    alone = ("train", trained / "students.yaml", "method.only=0", f"output={tmp_path / 'alone'}")
+    assert "method.only=0 trains a share of the classes" in refused(
+        capsys, *alone, "evaluate.every=1", "evaluate.features=nowhere"
+    )
+    compared = ("compare", trained / "students", trained / "only-1", "--out", tmp_path / "page")
+    assert "is student 1 alone" in refused(capsys, *compared)
 
 
 def launch(*arguments: object, processes: int) -> subprocess.CompletedProcess:
@@ -142,9 +170,8 @@ def test_what_cannot_be_spread_is_refused_before_anything_is_written(trained, tm
     assert "only a run of all students" in refused(capsys, *spread, "method.only=1")
     assert "only a run of all students" in refused(capsys, "train", trained / "teacher.yaml", output, "--spread")
     (tmp_path / "spread").mkdir()
-    assert "spread exists, and the students' runs are to be joined there" in refused(
-        capsys, *spread, "method.students=1"
-    )
+    (tmp_path / "spread" / "notes.txt").touch()
+    assert "spread exists; name another folder" in refused(capsys, *spread, "method.students=1")
     assert [path.name for path in tmp_path.iterdir()] == ["spread"]
 
 

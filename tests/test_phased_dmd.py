@@ -300,7 +300,9 @@ def test_an_expert_may_start_from_the_one_before():
     assert [isinstance(previous.plan(step)[0], Action) for step in range(7)] == [step in (2, 4) for step in range(7)]
     players = previous.players()
     before = {name: copy.deepcopy(dict(spec.parameters)) for name, spec in players.items()}
-    previous.plan(2)[0].act(players)
+    handed = previous.plan(2)[0]
+    assert handed.restarts == ("1/generator",)
+    handed.act(players)
     for name, spec in players.items():
         source = "0/generator" if name == "1/generator" else name
         assert all(torch.equal(p, before[source][key]) for key, p in spec.parameters.items()), name

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import refused, student_recipe, teacher_recipe, write_recipe
 
 from diffdistill import api, checkpoint
@@ -56,7 +57,32 @@ def test_a_run_of_experts_goes_on_bit_for_bit_and_is_sampled_at_any_time(teacher
     }
     assert len(list((whole / "samples").iterdir())) == 3
     lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["kind"] == "train"]
     assert "0/generator/match" in lines[0] and "1/generator/match" in lines[-1]
+
+
+def test_an_expert_that_starts_from_the_one_before_starts_its_averages_there_too(teacher, tmp_path):
+    method = {"name": "phased_dmd", "steps_per_phase": [3], "ratio": 1, "initial": "previous"}
+    recipe = phased_recipe(tmp_path, teacher, method=method) | {
+        "output": str(tmp_path / "previous"),
+        "averages": {"still": {"name": "constant", "beta": 0.999999}},
+    }
+    recipe["train"] = {**recipe["train"], "steps": 4, "save_every": 1, "keep_last": 9}
+    folder = api.distill(recipe, say=quiet) / "checkpoints"
+    handed = load_file(folder / "step-00000003" / "0/generator.weights.safetensors")
+    average = load_file(folder / "step-00000004" / "1/generator.average-still.safetensors")
+    for name, value in handed.items():  # but for a millionth part of one step
+        torch.testing.assert_close(average[name], value, rtol=0, atol=1e-8)
+
+
+def test_a_run_that_ends_before_its_last_phase_says_so(teacher, tmp_path):
+    recipe, said = phased_recipe(tmp_path, teacher), []
+    recipe["train"] = {**recipe["train"], "steps": 3}
+    assert "train.steps=3 ends before the last part of what is trained is begun, at step 3" in api.check(recipe)
+    api.distill(recipe, say=said.append)
+    assert "Train longer" in said[0]
+    recipe["train"]["steps"] = 4
+    assert "Train longer" not in api.check(recipe)
 
 
 def test_experts_are_exported_and_sampled_by_one_call(teacher, tmp_path):

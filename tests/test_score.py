@@ -10,6 +10,7 @@ from oracle import Affine, Quadrature, denoiser, gaussian
 from test_dmd2 import (
     DATA,
     FAKE,
+    GAN,
     MU,
     SD,
     SIGMA,
@@ -18,9 +19,12 @@ from test_dmd2 import (
     LogRatio,
     M,
     assert_reaches_the_law,
+    backward,
+    batch,
     distilled,
     gradients,
     start,  # noqa: F401  a fixture
+    toy,
 )
 
 from diffdistill.critic import Critic
@@ -143,6 +147,69 @@ def test_f_distill_weights_the_score_difference(divergence, golden):
     assert [IN_SCORES * g for g in matched(method)] == pytest.approx(golden, abs=2e-8)
 
 
+ONE = (1 - 1e-12, 1 + 1e-12)  # a range that makes every ratio 1
+
+
+def test_the_ratio_is_clamped_to_its_range():
+    """With every ratio 1, f-distill is DMD2 (T2), and Uni-Instruct a multiple of SiD at one alpha."""
+    method = exact("f_distill", divergence="forward_kl", ratio_range=ONE, normalised=False, **PLAIN)
+    assert [IN_SCORES * g for g in matched(method)] == pytest.approx((0.38461538, 0.30131527), abs=5e-9)
+    options = {"normalised": False, "ratio_range": ONE, "ratio_grad": "detached"}
+    ours = matched(exact("uni_instruct", divergence="pearson", **options))
+    divergence, one = DIVERGENCES["pearson"], torch.zeros((), dtype=torch.float64)
+    sid = matched(exact("sid", alpha=(1 + divergence.slope(one).item()) / 2, normalised=False))
+    assert ours == pytest.approx([divergence.h(one).item() * g for g in sid], rel=1e-9)
+
+
+def test_the_weights_of_the_terms_scale_them():
+    plain, double = (gradient(exact("diff_instruct", match_weight=weight)) for weight in (1.0, 2.0))
+    assert double == pytest.approx([2 * g for g in plain], rel=1e-12)
+    method = toy(gan_weight=3e-3, gan_critic_weight=0.25)
+    generate, fit = method.plan(0)[0].terms
+    backward(method, generate)
+    loss = backward(method, fit)
+    torch.testing.assert_close(loss.value, loss.readings["score"] + 0.25 * loss.readings["gan"], rtol=1e-12, atol=0)
+
+
+def test_real_and_generated_are_judged_under_their_own_conditions_and_times():
+    method, data = toy(**GAN), batch()
+    ones = {"label": torch.ones_like(data["images"].cond["label"])}
+    data |= {"images": Sample(x0=torch.full_like(data["images"].x0, 1e6), cond=ones)}
+    data |= {"conditions": Sample(cond={"label": torch.zeros_like(ones["label"])})}
+    seen, judged = [], method.critic.logits
+
+    def judge(x_t, t, cond):
+        seen.append((x_t, t, cond["label"]))
+        return judged(x_t, t, cond)
+
+    generate, fit = method.plan(0)[0].terms
+    backward(method, generate, data=data)
+    method.critic.logits = judge
+    backward(method, fit, data=data)
+    ((x_t, t, labels),) = seen
+    real = x_t.abs().amax(1) > 1e5
+    assert real.sum() == len(real) // 2 and torch.equal(labels == 1, real)
+    assert not torch.allclose(t[real], t[~real])
+
+
+@pytest.mark.parametrize("name", ["sid", "uni_instruct"])
+def test_the_normaliser_is_a_constant_of_each_sample(name):
+    """The gradient is that of the plain value, each sample over its own mean |x - mu_real|."""
+    rng = Quadrature(2, 40)
+    weights = rng.weights
+    method, plain = (exact(name, normalised=flag) for flag in (True, False))
+    ours = method.generator.rollout(method.generator.prior(rng), None, rng, stop=0)
+    gradient_of_ours = gradients((weights * method.match(ours, {}, rng).value).sum(), method)
+    rng = Quadrature(2, 40)
+    fake = plain.generator.rollout(plain.generator.prior(rng), None, rng, stop=0)
+    value = plain.match(fake, {}, rng).value
+    again = Quadrature(2, 40)
+    again.normal((1,))
+    x_t, t, _ = plain.noised(fake, again)
+    sizes = (fake - plain.teacher(x_t, t)).abs().mean(1).detach()
+    assert gradient_of_ours == pytest.approx(gradients((weights * value / sizes).sum(), plain), rel=1e-9)
+
+
 @pytest.mark.parametrize(
     ("divergence", "golden"),
     [
@@ -240,7 +307,8 @@ def test_dmd2_without_its_normaliser_is_diff_instruct():
     ("name", "config"),
     [
         ("diff_instruct", {}),
-        ("f_distill", {"divergence": "forward_kl", "steps": 400, "mean_decay": 0.5}),
+        ("f_distill", {"divergence": "forward_kl", "steps": 400}),
+        ("f_distill", {"divergence": "jensen_shannon", "steps": 400}),
         ("f_distill", {"divergence": "forward_kl", **PLAIN}),
         ("f_distill", {"divergence": "jensen_shannon", **PLAIN}),
         ("sid", {"alpha": 0.5, "normalised": False}),

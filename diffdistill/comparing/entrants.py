@@ -9,6 +9,7 @@ from pathlib import Path
 from diffdistill import run, trial
 from diffdistill.checkpoint import latest
 from diffdistill.config import Config, ConfigError, DataConfig, TeacherConfig
+from diffdistill.methods.multi_student import MultiStudent
 from diffdistill.recipe import load_config, sections, typed
 from diffdistill.trainer import Budget
 
@@ -61,6 +62,7 @@ def entrants(
     _refuse_twins(sources)
     own = [*overrides, *([f"evaluate.features={features}"] if features else [])]
     found = [_entrant(source, own, output) for source in sources]
+    _refuse_shares(found)
     _refuse_useless(found, overrides, budget)
     _refuse_other_teachers(found)
     for entrant in found:
@@ -92,6 +94,16 @@ def _refuse_twins(sources: Sequence[Path]) -> None:
                 f"{seen[name]} and {source} would both be called {name}, and have one output; rename one of them"
             )
         seen[name] = source
+
+
+def _refuse_shares(found: Sequence[Entrant]) -> None:
+    for entrant in found:
+        method = entrant.config.method
+        if isinstance(method, MultiStudent.Config) and method.only >= 0:
+            raise ConfigError(
+                f"{entrant.source} is student {method.only} alone, and would be measured against the classes of all; "
+                "join the runs of all students, and compare that one"
+            )
 
 
 def _refuse_useless(found: Sequence[Entrant], overrides: Sequence[str], budget: Budget | None) -> None:

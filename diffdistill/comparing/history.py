@@ -39,7 +39,7 @@ def history(folder: Path) -> dict:
         "training_seconds": seconds if clocked else rate and rate * updates,
         "seconds_per_update": rate,
         "peak_bytes": state.get("peak_bytes"),
-        "losses": _losses([(at, line) for at, line in placed if line["kind"] == "train"]),
+        "losses": _losses([(at, line) for at, line in placed if line["kind"] == "train"], _players(state["files"])),
         "distances": [
             [at, line["frechet_distance"], line["num_samples"]]
             for at, line in placed
@@ -58,11 +58,18 @@ def _median_rate(lines: Sequence[Mapping]) -> float | None:
     return statistics.median(steps) if steps else None
 
 
-def _losses(placed: Sequence[tuple[float, Mapping]]) -> dict[str, list[list[float]]]:
+def _players(files: Sequence[str]) -> set[str]:
+    """Who is trained, by the files of a checkpoint."""
+    weights = ".weights.safetensors"
+    return {file.removesuffix(weights) for file in files if file.endswith(weights)}
+
+
+def _losses(placed: Sequence[tuple[float, Mapping]], players: set[str]) -> dict[str, list[list[float]]]:
     """Each player's terms against time, thinned to every n-th point where a run is long."""
     found: dict[str, list[list[float]]] = {}
     for at, line in placed:
         for name, value in line.items():
-            if name.count("/") == 1 and not name.endswith("/gradient_norm"):
+            player, _, term = name.rpartition("/")
+            if player in players and term != "gradient_norm":
                 found.setdefault(name, []).append([at, value])
     return {name: points[:: -(-len(points) // POINTS)] for name, points in found.items()}

@@ -111,6 +111,13 @@ class DisBack(Method):
     def references(self, batch: Batch, rng: Rng) -> Mapping[str, Reading]:
         return self.inside.references(batch, rng)  # of the teacher itself: before the first step it holds no node
 
+    @property
+    def settings(self) -> str:
+        return "method.inside"
+
+    def least_steps(self) -> int:
+        return max(0, len(self.nodes) - 1) * self.config.steps_per_node + 1
+
     def frozen(self) -> Mapping[str, nn.Module]:
         own = {"node": self._target} if self.nodes else {}
         return {**own, **self.inside.frozen()}

@@ -45,7 +45,7 @@ class FDistill(ScoreMethod):
         ratio_range: tuple[float, float] = (0.1, 20.0)  # to which the density ratio is clamped
         ratio_normalised: bool = True  # by its running mean in each bin of noise levels
         weight_normalised: bool = True  # h by its running mean
-        mean_decay: float = 0.0  # of both means; 0, as for CIFAR-10: of the last step alone; 0.5 for ImageNet-64
+        mean_decay: float = 0.5  # of both means, as for ImageNet-64; 0, as for CIFAR-10: of the last step alone
         normalised: bool = True  # by mean |x - mu_real| of each sample, as DMD
         normaliser_floor: float = 1e-5  # of that mean
 

@@ -115,6 +115,14 @@ class MultiStudent(Method):
             for name, spec in student.averages().items()
         }
 
+    @property
+    def settings(self) -> str:
+        inner = next(iter(self.students.values())).settings
+        return inner.replace("method", "method.inside", 1)
+
+    def least_steps(self) -> int:
+        return max(student.least_steps() for student in self.students.values())
+
     def frozen(self) -> Mapping[str, nn.Module]:
         found = {f"{n}/{name}": net for n, student in self.students.items() for name, net in student.frozen().items()}
         once = {id(net): name for name, net in found.items()}  # students may share one
@@ -155,7 +163,8 @@ def _owned(number: int, item: Update | Action) -> Update | Action:
         return Term(prefix + inner.player, inner.name, loss)
 
     if isinstance(item, Action):
-        return Action(prefix + item.name, lambda specs: item.act(_own(prefix, specs)))
+        restarts = tuple(prefix + name for name in item.restarts)
+        return Action(prefix + item.name, lambda specs: item.act(_own(prefix, specs)), restarts)
     return Update(tuple(term(inner) for inner in item.terms))
 
 
@@ -168,4 +177,5 @@ def _joined(items: Sequence[Update | Action]) -> Update | Action:
         for action in items:
             action.act(specs)
 
-    return Action(", ".join(action.name for action in items), act)
+    restarts = tuple(name for action in items for name in action.restarts)
+    return Action(", ".join(action.name for action in items), act, restarts)

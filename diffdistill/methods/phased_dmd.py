@@ -130,6 +130,9 @@ class PhasedDMD(Method):
             ]
         )
 
+    def least_steps(self) -> int:
+        return self.starts[-1] + 1
+
     def players(self) -> Mapping[str, PlayerSpec]:
         players = {}
         for (name, expert), critic in zip(self.generator.parts.items(), self.critics, strict=True):
@@ -250,4 +253,4 @@ def _hand_over(earlier: str, later: str) -> Action:
         for name, parameter in players[later].parameters.items():
             parameter.copy_(players[earlier].parameters[name])
 
-    return Action(f"start {later} from {earlier}", act)
+    return Action(f"start {later} from {earlier}", act, restarts=(later,))

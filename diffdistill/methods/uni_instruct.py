@@ -25,6 +25,10 @@ class UniInstruct(ScoreMethod):
     discriminator, grad log r = S_real - S_fake, and `ratio_grad=score_injected` puts it in; with `detached`, as in
     released code, the gradient is biased for every divergence but the reverse KL, and less noisy.
 
+    Exact is the form without `normalised`, whose weight is a number of each sample's own, as SiD's. At small noise
+    levels the score difference that is injected is large: in two dimensions the Jensen-Shannon divergence needs
+    `detached`.
+
     Scores are compared as denoised samples, which drops the weight alpha^2 / sigma^4, as SiD does. `weight_normalised`
     divides h by its mean over earlier steps, and so changes the scale of the gradient alone.
 
@@ -42,7 +46,7 @@ class UniInstruct(ScoreMethod):
         ratio_range: tuple[float, float] = (0.1, 20.0)  # to which the density ratio is clamped
         ratio_grad: Literal["score_injected", "detached"] = "score_injected"  # exact, or as in released code
         weight_normalised: bool = False  # h by its mean over earlier steps; with `detached`, the calmest there is
-        mean_decay: float = 0.0  # of that mean; 0: of the last step alone
+        mean_decay: float = 0.5  # of that mean; 0: of the last step alone
         normalised: bool = True  # by mean |x - mu_real| of each sample, as SiD
         normaliser_floor: float = 1e-5  # of that mean
 
