@@ -438,7 +438,9 @@ def check(config: Config | Mapping | str | Path, overrides: Sequence[str] = (), 
     config = as_config(config, overrides)
     run.look(config)
     report = [f"method {config.method_name}, output {config.output}", trial.memory_table(trial.plan_memory(config))]
-    if short := trial.shortness(build.method(config, META), config.train.steps):
+    chosen = build.method(config, META)
+    build.refuse_absent(config, chosen)
+    if short := trial.shortness(chosen, config.train.steps):
         report.append(short)
     if run_steps:
         with memory_for("the trial"):

@@ -22,7 +22,7 @@ from diffdistill.data import Images, Labels, SomeLabels, Stream, Streams, refuse
 from diffdistill.data.fashion_mnist import Split, load_fashion_mnist
 from diffdistill.data.folder import load_images
 from diffdistill.data.image_set import ImageSet
-from diffdistill.data.pairs import fingerprint, read_pairs
+from diffdistill.data.pairs import PairRecipe, fingerprint, read_pairs, read_recipe
 from diffdistill.denoiser import Backbone, Denoiser
 from diffdistill.distances import Lpips
 from diffdistill.generator import Generator
@@ -38,6 +38,8 @@ from diffdistill.rng import Rng
 from diffdistill.shares import Classes
 from diffdistill.teacher import Teacher
 from diffdistill.trainer import Every, Schedule, Trainer
+
+NO_IMAGES = "data.name is none, but real images are needed; set it, e.g. data.name=fashion_mnist"
 
 
 def method(config: Config, device: torch.device) -> Method:
@@ -121,7 +123,7 @@ def refuse_unused(config: Config) -> None:
                 "generator.network; leave out teacher, or leave out generator.network and generator.denoiser to "
                 "start from the teacher"
             )
-        if frozen.guidance != 1:
+        if frozen.guidance_weight != 1:
             raise ConfigError(
                 f"teacher.guidance={frozen.guidance} has no meaning for method {name}, which takes only the weights of "
                 "the teacher; leave guidance out"
@@ -205,7 +207,7 @@ def images(config: DataConfig, split: Split) -> ImageSet:
         case "folder":
             return load_images(path)
         case "none":
-            raise ConfigError("data.name is none, but real images are needed; set it, e.g. data.name=fashion_mnist")
+            raise ConfigError(NO_IMAGES)
 
 
 def streams(config: Config, chosen: Method, device: torch.device) -> Streams:
@@ -225,6 +227,26 @@ def streams(config: Config, chosen: Method, device: torch.device) -> Streams:
             f"{', '.join(makers)}; read one of these, or add {unknown[0]} to build.streams"
         )
     return Streams({name: makers[source.kind](source.classes) for name, source in sources.items()})
+
+
+def refuse_absent(config: Config, chosen: Method) -> None:
+    """Refuses data that is not there, or not of this run, as far as can be told without reading it.
+
+    Raises:
+        ConfigError: real images, pairs, or the extractor of an evaluation.
+    """
+    kinds = {chosen.source(name).kind for name in chosen.streams()}
+    if "images" in kinds and config.data.name == "none":
+        raise ConfigError(NO_IMAGES)
+    if "images" in kinds and config.data.path and not Path(config.data.path).exists():
+        raise ConfigError(f"data.path={config.data.path} does not exist; name the folder or file of the real images")
+    if "pairs" in kinds:
+        _refuse_other_pairs(_pair_recipe(config), config, chosen, weights=False)
+    if config.evaluate.every and not Path(config.evaluate.features).is_dir():
+        raise ConfigError(
+            f"evaluate.features={config.evaluate.features} is no folder; name the extractor's, e.g. "
+            "checkpoints/fashion-features"
+        )
 
 
 def label_stream(model: Denoiser, device: torch.device, classes: Classes | None) -> Stream:
@@ -260,12 +282,24 @@ def pair_stream(config: Config, chosen: Method, device: torch.device) -> Stream:
     Raises:
         ConfigError: there are none, or they are of another teacher or begin with another noise than the generator.
     """
+    _refuse_other_pairs(_pair_recipe(config), config, chosen, weights=True)
+    return read_pairs(Path(config.data.pairs), device)[1]
+
+
+def _pair_recipe(config: Config) -> PairRecipe:
     if not config.data.pairs:
         raise ConfigError(
             f"method {config.method_name} reads pairs, and data.pairs is missing; make some by: diffdistill couple "
             "TEACHER --out FOLDER --count N, and give that folder"
         )
-    recipe, found = read_pairs(Path(config.data.pairs), device)
+    try:
+        return read_recipe(Path(config.data.pairs))
+    except ValueError as error:
+        raise ConfigError(f"data.pairs: {error}") from error
+
+
+def _refuse_other_pairs(recipe: PairRecipe, config: Config, chosen: Method, *, weights: bool) -> None:
+    """Refuses pairs that do not fit the run; of another teacher's weights only where these were read."""
     model = chosen.generator.denoiser
     first = max(part.grid[0] for part in chosen.generator.parts.values())
     wanted = {
@@ -276,11 +310,8 @@ def pair_stream(config: Config, chosen: Method, device: torch.device) -> Stream:
     }
     if chosen.teacher is not None:
         frozen = chosen.teacher.denoiser
-        wanted |= {
-            "meaning": meaning_of(frozen),
-            "guidance": chosen.teacher.guidance,
-            "source": fingerprint(frozen),
-        }
+        wanted |= {"meaning": meaning_of(frozen), "guidance": chosen.teacher.guidance}
+        wanted |= {"source": fingerprint(frozen)} if weights else {}
     for name, here in wanted.items():
         there = getattr(recipe, name)
         if there != here:
@@ -288,7 +319,6 @@ def pair_stream(config: Config, chosen: Method, device: torch.device) -> Stream:
                 f"data.pairs={config.data.pairs} has {name} {there!r}, and this run needs {here!r}; make pairs for it "
                 "by diffdistill couple, or change the run to fit them"
             )
-    return found
 
 
 def processes(device: str) -> PartialState:

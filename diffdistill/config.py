@@ -111,8 +111,14 @@ class DenoiserConfig:
 @dataclass(frozen=True)
 class TeacherConfig:
     path: str  # a folder written by diffdistill, a diffusers pipeline's or network's, or hub:owner/name
-    guidance: float = 1.0  # w of u + w (c - u); 1 is none
+    guidance: float = 1.0  # w of u + w (c - u), with 1 for none; or as guidance_from says
+    guidance_from: Literal["unconditional", "conditional"] = "unconditional"  # conditional: c + w (c - u), 0 for none
     denoiser: DenoiserConfig | None = None  # for a diffusers folder whose scheduler does not say it all
+
+    @property
+    def guidance_weight(self) -> float:
+        """w of u + w (c - u), in which 1 is none."""
+        return self.guidance + (self.guidance_from == "conditional")
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class Sketch:
         self._process = VE(sigma_max=first)
         self._grid = self._process.grid(grid.steps) if isinstance(grid, StepsConfig) else grid
         kind = method_of(config.method)
-        guidance = 1.0 if config.teacher is None else config.teacher.guidance
+        guidance = 1.0 if config.teacher is None else config.teacher.guidance_weight
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self._teacher = Teacher(self._denoiser("teacher"), guidance=guidance) if kind.needs_teacher else None

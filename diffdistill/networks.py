@@ -208,8 +208,8 @@ def teacher(config: Config, device: torch.device) -> Teacher:
     with memory_for("the teacher's weights"):
         frozen, _ = teacher_denoiser(config.teacher, checkpointing=config.train.gradient_checkpointing, device=device)
         frozen = frozen.to(DTYPES[config.train.precision])
-    refuse_unguidable(frozen, config.teacher.guidance, config.teacher.path)
-    return Teacher(frozen, guidance=config.teacher.guidance)
+    refuse_unguidable(frozen, config.teacher.guidance_weight, config.teacher.path)
+    return Teacher(frozen, guidance=config.teacher.guidance_weight)
 
 
 def refuse_unguidable(model: Denoiser, guidance: float, path: str | Path) -> None:
@@ -240,7 +240,7 @@ def node(config: Config, device: torch.device, degraded: str, step: int) -> Weig
         raise ConfigError(
             f"method.degraded={folder} is a run of {theirs.method_name}; give the output of a run of degrade"
         )
-    unguided, taught = dataclasses.replace(config.teacher, guidance=1.0), theirs.teacher
+    unguided, taught = dataclasses.replace(config.teacher, guidance=1.0, guidance_from="unconditional"), theirs.teacher
     if Path(unguided.path).resolve() == Path(taught.path).resolve():
         taught = dataclasses.replace(taught, path=unguided.path)
     for key, ours, other in (("teacher", unguided, taught), ("generator", config.generator, theirs.generator)):

@@ -174,6 +174,7 @@ CASES: dict[str, Case] = {
     "dmd2-alternating-gan": Case(
         "dmd2", {"time_scale": "alternating", "ratio": 2, "gan_weight": 0.1, "gan_critic_weight": 0.1}
     ),
+    "dmd2-noised-summed": Case("dmd2", {"ratio": 2, "inputs": "noised", "reduction": "sum"}),
     "dmd2-gan-on-teacher": Case(
         "dmd2", {"ratio": 1, "gan_weight": 0.1, "gan_critic_weight": 0.1}, grid=(20.0,), trunk="teacher"
     ),

@@ -335,3 +335,26 @@ def test_trackers_get_the_same_scalars_and_stay_at_home(tmp_path):
 def test_no_real_images_are_a_clear_mistake():
     with pytest.raises(ConfigError, match="data.name is none"):
         build.images(DataConfig(), "train")
+
+
+def test_check_tells_of_data_that_is_not_there(tmp_path):
+    teacher = api.export_denoiser(api.distill(teacher_recipe(tmp_path), say=lambda line: None), tmp_path / "exported")
+    recipe = student_recipe(tmp_path, teacher) | {"output": str(tmp_path / "run")}
+
+    def said(**changes) -> str:
+        with pytest.raises(ConfigError) as caught:
+            api.check(recipe | changes)
+        return str(caught.value)
+
+    assert "data.name is none" in said(data={"name": "none"})
+    assert "data.path=nowhere does not exist" in said(data={"name": "folder", "path": "nowhere"})
+    dmd = {"method": {"name": "dmd"}, "generator": {"grid": [20.0]}}
+    without_critic = {key: value for key, value in recipe.items() if key != "critic"}
+    recipe = without_critic | dmd
+    assert "data.pairs is missing" in said(data={"name": "none"})
+    assert "data.pairs: nowhere holds no pairs" in said(data={"pairs": "nowhere"})
+    pairs = str(api.couple(teacher, tmp_path / "pairs", count=3, steps=2))
+    assert "step" not in api.check(recipe | {"data": {"pairs": pairs}})
+    assert "has start 20.0, and this run needs 15.0" in said(data={"pairs": pairs}, generator={"grid": [15.0]})
+    features = {"every": 1, "features": "nowhere"}
+    assert "evaluate.features=nowhere is no folder" in said(data={"pairs": pairs}, evaluate=features)

@@ -10,7 +10,7 @@ from tiny import student_recipe, teacher_recipe, write_recipe
 
 from diffdistill import build, networks, run
 from diffdistill.backbones.folder import META
-from diffdistill.config import ConfigError
+from diffdistill.config import ConfigError, TeacherConfig
 from diffdistill.method import MethodConfig, method_of
 from diffdistill.methods import METHODS
 from diffdistill.methods.dmd2 import DMD2
@@ -200,3 +200,13 @@ def test_every_option_of_every_dataclass_can_be_written_in_yaml(recipe):
     for section in ("train", "pictures", "evaluate", "data", "critic"):
         for each in dataclasses.fields(getattr(config, section)):
             assert f"{section}.{each.name}" in keys
+
+
+def test_guidance_may_be_said_from_either_prediction():
+    """u + w (c - u) = c + (w - 1) (c - u)."""
+    assert TeacherConfig("t", guidance=1.5).guidance_weight == 1.5
+    assert TeacherConfig("t", guidance=0.5, guidance_from="conditional").guidance_weight == 1.5
+    assert (
+        TeacherConfig("t").guidance_weight
+        == TeacherConfig("t", guidance=0.0, guidance_from="conditional").guidance_weight
+    )

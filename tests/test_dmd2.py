@@ -217,6 +217,41 @@ def test_guidance_is_the_teachers_alone():
     assert max(parameter.grad.abs().max() for parameter in method.generator.denoiser.parameters()) > 1e-6
 
 
+def test_later_steps_may_begin_at_noised_images_under_their_conditions():
+    method, data = toy(steps=3, inputs="noised", stops="rotating", ratio=2), batch()
+    data["conditions"] = Sample(cond={"label": (data["images"].cond["label"] + 1) % CLASSES})
+    seen = []
+    method.generator.denoiser.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    for step in range(3):
+        backward(method, method.plan(step)[0].terms[0], data=data)
+    assert len(seen) == 3  # nothing is simulated
+    for (x, t, cond), time in zip(seen, method.generator.grid, strict=True):
+        kind = "conditions" if time == method.generator.grid[0] else "images"
+        assert t.unique().tolist() == [time] and torch.equal(cond["label"], data[kind].cond["label"])
+        off = x - (0 if kind == "conditions" else data["images"].x0)
+        assert off.abs().mean() > 0.3 * time  # on VE, time times the noise
+    assert method.streams() == {"conditions", "images"}
+    with pytest.raises(ValueError, match="inputs=noised is of the steps behind the first"):
+        toy(inputs="noised")
+
+
+def test_a_sum_is_as_many_times_the_mean_as_a_sample_has_numbers():
+    for gan in ({}, GAN):
+        mean, whole = toy(**gan), toy(reduction="sum", **gan)
+        both = []
+        for method in (mean, whole):
+            generate, fit = method.plan(0)[0].terms
+            losses = backward(method, generate), backward(method, fit)
+            both.append(
+                [
+                    loss.value - weight * loss.readings.get("gan", 0)
+                    for loss, weight in zip(losses, gan.values() or (0, 0), strict=True)
+                ]
+            )
+        for ours, theirs in zip(*both, strict=True):
+            torch.testing.assert_close(theirs, 2 * ours, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("gan", [{}, GAN], ids=["match", "match and gan"])
 @pytest.mark.parametrize("trunk", ["critic", "teacher"])
 def test_the_generators_term_reaches_the_generator_alone(gan, trunk):

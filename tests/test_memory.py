@@ -8,12 +8,13 @@ from cases import NUM_CLASSES, UNET, all_tensors, make_trainer
 from torch.autograd.graph import saved_tensors_hooks
 
 from diffdistill import networks
+from diffdistill.method import Sample
 from diffdistill.player import only
 from diffdistill.rng import Rng, drawn_from
 from diffdistill.trainer import Schedule
 
 SCHEDULE = Schedule(steps=1, batch=4, log_every=0, save_every=0)
-DETACHED = ("diff_instruct", "dmd2", "f_distill")
+DETACHED = ("diff_instruct", "dmd", "dmd2", "f_distill")
 ATTACHED = ("sid", "sim", "uni_instruct")
 
 
@@ -62,14 +63,18 @@ def saved(trainer, act) -> int:
 COND = {"label": torch.arange(4) % NUM_CLASSES}
 
 
+def made(trainer, rng):
+    return trainer.method._fake({"conditions": Sample(cond=COND)}, rng, 0)[0]
+
+
 def sampled(trainer) -> int:
     """Of the generator's samples alone."""
-    return saved(trainer, lambda rng: trainer.method._fake(COND, rng, 0))
+    return saved(trainer, lambda rng: made(trainer, rng))
 
 
 def matched(trainer) -> int:
     """Of samples and their comparison by the two scores."""
-    return saved(trainer, lambda rng: trainer.method.match(trainer.method._fake(COND, rng, 0), COND, rng).value)
+    return saved(trainer, lambda rng: trainer.method.match(made(trainer, rng), COND, rng).value)
 
 
 def one_sample(trainer) -> int:

@@ -96,7 +96,7 @@ def compare(
         results = {
             "made": _made(command, measure),
             "budget": None if budget is None else {k: v for k, v in asdict(budget).items() if math.isfinite(v)},
-            "teacher": {"path": found[0].config.teacher.path, "guidance": found[0].config.teacher.guidance},
+            "teacher": {"path": found[0].config.teacher.path, "guidance": found[0].config.teacher.guidance_weight},
             "ruler": {
                 "extractor": extractor.name,
                 "checksum": extractor.checksum,
@@ -119,7 +119,7 @@ def compare(
 def _teacher(config: TeacherConfig, measure: Measure) -> tuple[Teacher, Solved]:
     """The teacher, and how it is sampled for its row."""
     denoiser, _ = networks.teacher_denoiser(config, device=measure.device)
-    teacher = Teacher(denoiser, guidance=config.guidance)
+    teacher = Teacher(denoiser, guidance=config.guidance_weight)
     scores = Path(config.path) / SCORES
     if measure.teacher_steps:
         return teacher, Solved(teacher, measure.teacher_steps)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffdistill import run, trial
+from diffdistill import build, run, trial
+from diffdistill.backbones.folder import META
 from diffdistill.checkpoint import latest
 from diffdistill.config import Config, ConfigError, DataConfig, TeacherConfig
 from diffdistill.methods.multi_student import MultiStudent
@@ -144,6 +145,7 @@ def _refuse_unfit(entrant: Entrant, budget: Budget) -> None:
     try:
         run.look(entrant.config)
         trial.plan_memory(entrant.config)
+        build.refuse_absent(entrant.config, build.method(entrant.config, META))
     except ValueError as error:
         raise ConfigError(f"{entrant.source}: {error}") from error
     train = entrant.config.train

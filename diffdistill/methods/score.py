@@ -1,5 +1,6 @@
 """What the score methods share: a generator, a critic of its samples, and the cadence of the two."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,8 @@ class ScoreConfig(MethodConfig):
     critic_times: TimeSampler = field(default_factory=Uniform)  # at which the critic learns
     critic_space: Prediction = Prediction.F  # the space whose squared error the critic minimises
     stops: Literal["rotating", "random"] = "random"  # where simulation stops; random is the papers'
+    inputs: Literal["simulated", "noised"] = "simulated"  # of later steps: the generator's own, or real images noised
+    reduction: Literal["mean", "sum"] = "mean"  # of match and fit over the numbers of a sample; sum in SiD's code
     gan_weight: float = 0.0  # of the generator's GAN term; 3e-3 for ImageNet-64 in DMD2's code
     gan_critic_weight: float = 0.0  # of the discriminator's loss; 1e-2 in DMD2's code
     gan_times: TimeSampler = field(default_factory=Uniform)  # of the noised samples that are told apart
@@ -73,6 +76,10 @@ class ScoreMethod(Method):
     the grid, and the critic's fresh samples already stop where the generator's next update will. It then leans towards
     the law it is asked about, and the only rest is at every step having the teacher's law.
 
+    `inputs="noised"` starts the later steps from noised real images instead, which sampling never sees: it needs no
+    simulation, and is what DMD2 was made to replace. `reduction="sum"` multiplies both losses by the number of values
+    of a sample, which Adam hardly sees, while the clipping of gradients and the GAN's weights do.
+
     Deviation from the released codes: times are continuous where they draw from 1000 levels.
 
     Source: Yin et al. 2024a (DMD2), section 4, for the cadence, the GAN term and the simulation of several steps.
@@ -80,7 +87,7 @@ class ScoreMethod(Method):
 
     Config = ScoreConfig
     needs_teacher = True
-    reads = "conditions, and images where the GAN term is on"
+    reads = "conditions, and images where the GAN term is on or inputs are noised"
     trains = "generator, critic"
 
     def __init__(self, config: ScoreConfig, networks: Networks):
@@ -90,6 +97,11 @@ class ScoreMethod(Method):
         self.critic = networks.new_critic()
         self.means: dict[str, RunningMeans] = {}  # that `match` divides by, where it does
         self._sketch = Sketch(self.generator.denoiser.sample_shape)
+        self._scale = math.prod(self.generator.denoiser.sample_shape) if config.reduction == "sum" else 1
+        if config.inputs == "noised" and len(self.generator.grid) == 1:
+            raise ValueError(
+                "method.inputs=noised is of the steps behind the first, and generator.grid has one time; leave it out"
+            )
         fresh = config.ratio - 1  # critic updates on fresh samples
         if len(self.generator.grid) > 1 and config.stops == "rotating" and fresh == 0:
             raise ValueError(
@@ -112,27 +124,28 @@ class ScoreMethod(Method):
         return {"generator": generator, "critic": PlayerSpec.of(self.critic)}
 
     def streams(self) -> frozenset[str]:
-        return frozenset({"conditions", "images"} if self.discriminates(self.config) else {"conditions"})
+        wants_images = self.discriminates(self.config) or self.config.inputs == "noised"
+        return frozenset({"conditions", "images"} if wants_images else {"conditions"})
 
     @staticmethod
     def discriminates(config: ScoreConfig) -> bool:
         return config.gan_weight > 0
 
     def plan(self, step: int) -> Sequence[Update]:
-        made: list[Tensor] = []  # the generator's samples, for the critic's term of the same update
+        made: list[tuple[Tensor, Condition]] = []  # the generator's samples, for the critic's term of the same update
 
         def match(batch: Batch, rng: Rng) -> Loss:
-            fake = self._fake(batch["conditions"].cond, rng, step)
-            made[:] = [fake.detach()]
-            return self._generator_loss(fake, batch["conditions"].cond, rng)
+            fake, cond = self._fake(batch, rng, step)
+            made[:] = [(fake.detach(), cond)]
+            return self._generator_loss(fake, cond, rng)
 
         def fit_made(batch: Batch, rng: Rng) -> Loss:
-            return self._critic_loss(made.pop(), batch, rng)
+            return self._critic_loss(*made.pop(), batch, rng)
 
         def fit(batch: Batch, rng: Rng) -> Loss:
             with torch.no_grad():
-                fake = self._fake(batch["conditions"].cond, rng, step + 1)
-            return self._critic_loss(fake, batch, rng)
+                fake, cond = self._fake(batch, rng, step + 1)
+            return self._critic_loss(fake, cond, batch, rng)
 
         generate, fit_new = Term("generator", "match", match), Update((Term("critic", "fit", fit),))
         if self.config.time_scale == "alternating":
@@ -153,25 +166,32 @@ class ScoreMethod(Method):
         """The readings of teacher's and critic's denoised samples at t, each (N, ...)."""
         return of_difference(fake, t, x0_real, x0_fake, self.generator.process)
 
-    def _fake(self, cond: Condition, rng: Rng, step: int) -> Tensor:
-        """Samples for the generator's update at `step`, after as many simulated steps as all ranks agree on."""
-        steps = len(self.generator.grid)
-        stop = step % steps if self.config.stops == "rotating" else rng.shared.integer(steps)
-        return self.generator.rollout(self.generator.prior(rng), cond, rng, stop=stop)
+    def _fake(self, batch: Batch, rng: Rng, step: int) -> tuple[Tensor, Condition]:
+        """Samples for the generator's update at `step`, from the time of the grid that all ranks agree on."""
+        generator, grid = self.generator, self.generator.grid
+        stop = step % len(grid) if self.config.stops == "rotating" else rng.shared.integer(len(grid))
+        if stop == 0 or self.config.inputs == "simulated":
+            cond = batch["conditions"].cond
+            return generator.rollout(generator.prior(rng), cond, rng, stop=stop), cond
+        images = batch["images"]
+        t = torch.full_like(rng.uniform(), grid[stop])
+        x_t = generator.process.perturb(images.x0, rng.normal(images.x0.shape[1:]), t)
+        return generator.denoiser(x_t, t, images.cond), images.cond
 
     def _generator_loss(self, fake: Tensor, cond: Condition, rng: Rng) -> Loss:
         config, process = self.config, self.generator.process
         readings = of_samples(fake, self._sketch)
         if not self.discriminates(config):
             matched = self.match(fake, cond, rng)
-            return Loss(config.match_weight * matched.value, readings | matched.readings)
+            return Loss(self._scale * config.match_weight * matched.value, readings | matched.readings)
         # each term's gradient is taken at the samples, where the two can be compared, and there handed to the generator
         value, pulls = full(fake).new_zeros(len(fake)), []
         if config.match_weight:
             made = fake.detach().requires_grad_(True)
             matched = self.match(made, cond, rng)
-            pulls.append(_pull(config.match_weight * matched.value, made))
-            value = value + config.match_weight * matched.value.detach()
+            weighted = self._scale * config.match_weight * matched.value
+            pulls.append(_pull(weighted, made))
+            value = value + weighted.detach()
             readings |= matched.readings
         made = fake.detach().requires_grad_(True)
         t, eps = config.gan_times(rng.uniform(), process), rng.normal(fake.shape[1:])
@@ -184,11 +204,11 @@ class ScoreMethod(Method):
         handed = (full(fake) * sum(pulls)).flatten(1).sum(1)
         return Loss(value + handed - handed.detach(), readings)
 
-    def _critic_loss(self, fake: Tensor, batch: Batch, rng: Rng) -> Loss:
-        config, process, cond = self.config, self.generator.process, batch["conditions"].cond
+    def _critic_loss(self, fake: Tensor, cond: Condition, batch: Batch, rng: Rng) -> Loss:
+        config, process = self.config, self.generator.process
         t, eps = config.critic_times(rng.uniform(), process), rng.normal(fake.shape[1:])
         value = denoising(self.critic, fake, eps, t, cond, space=config.critic_space)
-        readings = {"score": value.detach()}
+        readings, value = {"score": value.detach()}, self._scale * value
         if self.discriminates(config):
             real = batch["images"]
             logits_real, logits_fake = self._logits(real.x0, real.cond, fake, cond, rng)
