@@ -37,6 +37,7 @@ def status_of(act: Callable[[], None], *, debug: bool = False) -> int:
         debug: raise a user's mistake instead, for its traceback.
     """
     from diffdistill.api import Stopped
+    from diffdistill.comparing import Failed
     from diffdistill.memory import OutOfMemory
     from diffdistill.trainer import NonFinite
 
@@ -47,7 +48,7 @@ def status_of(act: Callable[[], None], *, debug: bool = False) -> int:
         return _tell(stop, 128 + stop.number)
     except KeyboardInterrupt:
         return _tell("stopped at once; what was saved before is whole, and the same command goes on from it", 130)
-    except (NonFinite, OutOfMemory) as error:
+    except (NonFinite, OutOfMemory, Failed) as error:
         return _tell(error, 1)
     except (ValueError, OSError) as error:
         if debug:

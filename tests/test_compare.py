@@ -172,12 +172,14 @@ def test_finished_runs_are_measured_as_they_are(chain, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_run_that_fails_stands_in_the_table_with_its_reason(chain, tmp_path):
+def test_a_run_that_fails_stands_in_the_table_with_its_reason(chain, tmp_path, capsys):
     players = {name: {"learning_rate": 1e30, "epsilon": 1e-30} for name in ("generator", "critic")}
     wild = write_recipe(
         tmp_path / "wild.yaml", json.loads((chain / "one.yaml").read_text()) | {"players": players, "averages": {}}
     )
-    command("compare", wild, chain / "out/runs/two", "--steps", 4, "--out", tmp_path / "out", *MEASURE)
+    line = ["compare", wild, chain / "out/runs/two", "--steps", 4, "--out", tmp_path / "out", *MEASURE]
+    assert main([str(word) for word in line]) == 1
+    assert "wild failed, as" in capsys.readouterr().err
     found = {row["name"]: row for row in results(tmp_path / "out")["rows"]}
     assert "was not finite" in found["wild"]["failure"] and "metrics" in found["two"]
     text = "".join(Reader((tmp_path / "out/index.html").read_text()).text)

@@ -27,6 +27,10 @@ PAGE, RESULTS = "index.html", "results.json"
 SCORES = "scores.json"  # of a teacher's folder, where its best number of steps was measured
 
 
+class Failed(RuntimeError):
+    """Some of the recipes could not be trained to the end of the budget."""
+
+
 @dataclass(frozen=True)
 class Measure:
     """How all are measured; the defaults are those of `evaluate`.
@@ -66,6 +70,7 @@ def compare(
     Raises:
         ConfigError, ValueError: a mistake, before anything is trained.
         Stopped: after a signal; the same call goes on.
+        Failed: a recipe's training ended with an error; the page is written all the same.
     """
     found = entrants(sources, overrides, output=output, budget=budget, features=measure.features)
     data = real_data(found, overrides)
@@ -86,7 +91,8 @@ def compare(
             hold_budget(output, budget)
         failures = {e.name: _trained(e, ruled, budget, output=output, say=say) for e in found if e.trains}
         rows = []
-        for source in (steps, replace(steps, steps=1, solver="euler")):
+        one = replace(steps, steps=1, solver="euler")
+        for source in (steps, one) if steps.steps > 1 else (one,):
             name = f"teacher, {source.steps} step{'s' if source.steps > 1 else ''}"
             say(f"measuring {name}")
             measured = ruler.measure(name, source, output=output)
@@ -113,6 +119,9 @@ def compare(
         pictures = {row["name"]: (output / row["picture"]).read_bytes() for row in rows if "picture" in row}
         (output / PAGE).write_text(page(results, pictures))
     say(f"{output / PAGE}")
+    failed = [name for name, failure in failures.items() if failure]
+    if failed:
+        raise Failed(f"{', '.join(failed)} failed, as {output / PAGE} says; the others are compared there")
     return output / PAGE
 
 

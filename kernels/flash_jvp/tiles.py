@@ -151,6 +151,7 @@ _FEATURE_TILES = {
 # float32 is multiplied exactly, by ordinary instructions, which hold whole rows in registers: small tiles, and from 128
 # on they spill all the same. It is for checking results, not for speed.
 _FLOAT32_TILES = {64: Tile(32, 16, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 32, 1)}
+_FLOAT32_KEYS = {**_FLOAT32_TILES, 256: Tile(16, 16, 16, 1)}  # 31 spill stores by 32 warps, 0 by 16
 
 
 def tile_for(
@@ -175,7 +176,8 @@ def tile_for(
         return INTERPRETED
     size = max(sizes)
     if dtype == torch.float32:
-        return next(tile for largest, tile in _FLOAT32_TILES.items() if size <= largest)
+        exact = _FLOAT32_KEYS if kernel == "keys" else _FLOAT32_TILES
+        return next(tile for largest, tile in exact.items() if size <= largest)
     rows = _TILES[kernel]
     size_class = next(largest for largest in rows if size <= largest)
     for feature in features:
