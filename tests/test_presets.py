@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tiny import write_vgg16
 
-from diffdistill import api
+from diffdistill import run, trial
 from diffdistill.backbones.folder import MEANING, NETWORK
 from diffdistill.config import Config, ConfigError
 from diffdistill.methods import METHODS
@@ -54,9 +54,10 @@ def test_a_preset_builds_and_is_planned(path, stand_ins, tmp_path, monkeypatch):
     method = path.stem.removesuffix("-recommended")
     without = WITHOUT_NODES if method == "disback" else []
     given = [f"method.distance.weights={write_vgg16(tmp_path / 'vgg16.safetensors')}"] if method == "dmd" else []
-    report = api.check(path, [f"teacher.path={stand_ins[path.parent.name]}", *without, *given])
-    assert f"method {method}, output runs/{path.parent.name}-{path.stem.replace('_', '-')}" in report
-    assert "generator" in report and "together" in report
+    config = load_config(path, [f"teacher.path={stand_ins[path.parent.name]}", *without, *given])
+    assert (config.method_name, config.output) == (method, f"runs/{path.parent.name}-{path.stem.replace('_', '-')}")
+    run.look(config)
+    assert any("generator" in role.name for role in trial.plan_memory(config))  # data are for the user to fetch
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=named)
