@@ -10,6 +10,7 @@ from diffdistill.generator import STEP_RULES, check_descending
 from diffdistill.player import RAW, ConstantDecay, PowerDecay
 from diffdistill.prediction import Prediction
 from diffdistill.shares import SHARES, Shares
+from diffdistill.tangents import TANGENTS, Tangents
 from diffdistill.times import TIME_SAMPLERS, TimeSampler
 
 
@@ -298,5 +299,6 @@ CHOICES: dict[Any, Mapping[str, type]] = {
     TimeSampler: TIME_SAMPLERS,
     Shares: SHARES,
     Distance: DISTANCES,
+    Tangents: TANGENTS,
 }
 NAMES: dict[type, str] = {kind: name for choices in CHOICES.values() for name, kind in choices.items()}

@@ -127,3 +127,56 @@ def score_implicit(x: Tensor, x0_real: Tensor, x0_fake: Tensor, *, huber: float 
     if huber is None:
         return 2 * product
     return product / (difference.square().flatten(1).mean(1) + huber**2).sqrt()
+
+
+def consistency_tangent(
+    x_t: Tensor,
+    velocity: Tensor,
+    student: Tensor,
+    derivative: Tensor,
+    t: Tensor,
+    *,
+    warmup: float = 1.0,
+    before: Tensor | None = None,
+) -> Tensor:
+    """cos t df/dt along dx/dt = velocity, for TrigFlow's f = cos t x - sin t F, with warmup < 1 the start of it.
+
+        g = -cos^2 t (F - dx/dt) - warmup (sin t cos t x + sin t cos t dF/dt)
+
+    It is 0 at the exact consistency function; with warmup = 0 it leads to the velocity, which is flow matching.
+
+    Args:
+        x_t, velocity, student: of shape (N, ...), `student` being F, sigma_data times the unit-variance F of the paper.
+        derivative: sin t cos t dF/dt, as `Tangents` give it.
+        t: shape (N,).
+        before: t - h, shape (N,), for the discrete form: where `derivative` is the rotational difference of step h,
+            sin h g is then cos t (f(x_t, t) - f(x_(t-h), t - h)) at every h.
+    Source: Lu and Song 2024 (sCM), the rearranged tangent; the discrete form is an identity of rotations.
+    """
+    before = t if before is None else before
+    x_t, velocity, student, derivative = full(x_t), full(velocity), full(student), full(derivative)
+    follow = lift(t.cos() * before.cos(), x_t) * (student - velocity)
+    rest = lift(t.cos() * before.sin(), x_t) * x_t + lift(before.sin() / t.sin(), x_t) * derivative
+    return (-follow - warmup * rest).detach()  # detached: the target is a constant of the loss
+
+
+def normalised_tangent(g: Tensor, *, by: str, constant: float) -> Tensor:
+    """g / (norm + constant) by the norm "l2" of a sample or its "rms", g cut to [-1, 1] by "clip", or g by "none".
+
+    A sample with a value or norm that is not finite becomes NaN, and never 0 or 1, so that the run stops.
+
+    Source: Lu and Song 2024 (sCM), for l2 and clip with constant 0.1; rms is another constant's l2, found in the wild.
+    """
+    norm = g.flatten(1).norm(dim=1)
+    match by:
+        case "l2":
+            made = g / lift(norm + constant, g)
+        case "rms":
+            made = g / lift(norm / g[0].numel() ** 0.5 + constant, g)
+        case "clip":
+            made = g.clamp(-1.0, 1.0)
+        case "none":
+            made = g
+        case _:
+            raise ValueError(f"a tangent is normalised by l2, rms, clip or none, got {by!r}")
+    return made + lift(norm - norm, g)  # 0, or NaN where the norm is not finite

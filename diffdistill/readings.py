@@ -173,15 +173,21 @@ def of_difference(
     x, x0_real, x0_fake = full(x), full(x0_real), full(x0_fake)
     d = x0_real - x0_fake
     square = d.square().flatten(1).mean(1)
-    rms, noise = square.sqrt(), process.ratio(t) / process.sigma_data
-    edges = (0.0, *NOISE_EDGES, math.inf)
-    readings: dict[str, Reading] = {"direction": d.abs().flatten(1).mean(1)}
-    for name, (low, high) in zip(NOISE_LEVELS, pairwise(edges), strict=True):
-        inside = ((noise >= low) & (noise < high)).to(rms.dtype)
-        readings[f"difference/{name}"] = Ratio(rms * inside, inside)
+    rms = square.sqrt()
+    readings: dict[str, Reading] = {"direction": d.abs().flatten(1).mean(1), **by_noise("difference", rms, t, process)}
     a, _ = Prediction.F.coefficients(t, process)
     weight = trust / a.square()  # brings all noise levels to one scale; of t alone, so that the law holds with it
     readings["agreement"] = Ratio(weight * (d * (x0_real - x)).flatten(1).mean(1), weight * square)
+    return readings
+
+
+@torch.no_grad()
+def by_noise(name: str, values: Tensor, t: Tensor, process: Process) -> dict[str, Reading]:
+    """name/LEVEL: the mean of `values` over the samples whose noise sigma / (alpha sigma_data) is of that level."""
+    noise, readings = process.ratio(t) / process.sigma_data, {}
+    for level, (low, high) in zip(NOISE_LEVELS, pairwise((0.0, *NOISE_EDGES, math.inf)), strict=True):
+        inside = ((noise >= low) & (noise < high)).to(values.dtype)
+        readings[f"{name}/{level}"] = Ratio(values * inside, inside)
     return readings
 
 

@@ -27,6 +27,7 @@ from diffdistill.player import ConstantDecay, LearningRate, Player, PowerDecay
 from diffdistill.prediction import Prediction
 from diffdistill.process import VE
 from diffdistill.rng import Rng
+from diffdistill.tangents import Rotational, Semi
 from diffdistill.teacher import Teacher
 from diffdistill.trainer import Schedule, Trainer
 
@@ -205,7 +206,13 @@ CASES: dict[str, Case] = {
         grid=(20.0, 5.0, 1.0),
         step_rule="ddim",
     ),
+    "scm": Case("scm", {"warmup_steps": 4}),
+    "scm-discrete-adaptive": Case(
+        "scm",
+        {"warmup_steps": 0, "adaptive": True, "discrete": True, "tangents": Rotational(0.1), "normalisation": "rms"},
+    ),
     "score_matching": Case("score_matching", {}, guidance=1.5),
+    "sct": Case("sct", {"warmup_steps": 4, "tangents": Semi(), "prior": True, "normalisation": "clip"}),
     "sid": Case("sid", {"alpha": 1.2}, grid=(2.5,)),
     "sim": Case("sim", {"ratio": 2}),
     "uni_instruct": Case("uni_instruct", {"divergence": "jensen_shannon"}, grid=(20.0,), trunk="teacher"),

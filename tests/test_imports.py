@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "times": {"process"},
     "solvers": {"process", "prediction"},
     "divergences": set(),
+    "tangents": {"process", "flash_jvp"},
     "kmeans": set(),
     "shares": {"kmeans"},
     "running_means": set(),
@@ -39,11 +40,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "readings": {"losses", "prediction", "process", "accelerate"},
     "health": set(),
     "method": NETWORKS | {"readings", "running_means"},
-    "methods": NETWORKS | {"method", "methods", "divergences", "readings", "routed", "running_means", "shares"},
+    "methods": NETWORKS
+    | {"method", "methods", "divergences", "readings", "routed", "running_means", "shares", "tangents"},
     "player": {"method", "rng"},
     "checkpoint": {"player", "method"},
     "trainer": {"checkpoint", "health", "memory", "player", "method", "readings", "rng", "accelerate", "tqdm"},
-    "config": {"denoiser", "distances", "generator", "player", "prediction", "shares", "times"},
+    "config": {"denoiser", "distances", "generator", "player", "prediction", "shares", "tangents", "times"},
     "recipe": {"config", "method", "methods", "omegaconf", "yaml"},
     "memory": set(),
     "data": {"data", "method", "rng"},
@@ -78,7 +80,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo": {"api", "cli", "config", "data", "evaluation", "generator", "recipe"},
 }
 ANYWHERE = {"torch", "numpy", "PIL", "safetensors", *sys.stdlib_module_names}
-ONLY_INSIDE_FUNCTIONS = {"diffusers", "huggingface_hub", "omegaconf", "wandb"}
+ONLY_INSIDE_FUNCTIONS = {"diffusers", "flash_jvp", "huggingface_hub", "omegaconf", "wandb"}
 
 
 def room(path: Path) -> str:

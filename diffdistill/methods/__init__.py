@@ -11,7 +11,9 @@ from diffdistill.methods.f_distill import FDistill
 from diffdistill.methods.ladd import LADD
 from diffdistill.methods.multi_student import MultiStudent
 from diffdistill.methods.phased_dmd import PhasedDMD
+from diffdistill.methods.scm import SCM
 from diffdistill.methods.score_matching import ScoreMatching
+from diffdistill.methods.sct import SCT
 from diffdistill.methods.sid import SiD
 from diffdistill.methods.sim import SIM
 from diffdistill.methods.uni_instruct import UniInstruct
@@ -27,7 +29,9 @@ METHODS: dict[str, type[Method]] = {
     "ladd": LADD,
     "multi_student": MultiStudent,
     "phased_dmd": PhasedDMD,
+    "scm": SCM,
     "score_matching": ScoreMatching,
+    "sct": SCT,
     "sid": SiD,
     "sim": SIM,
     "uni_instruct": UniInstruct,
