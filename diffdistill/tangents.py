@@ -14,6 +14,7 @@ log tan t: it reaches neither end of [0, pi / 2].
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -53,7 +54,12 @@ class _ContiguousNorms(TorchFunctionMode):
 
 
 class Tangents(ABC):
-    """A way to the derivative along the trajectory."""
+    """A way to the derivative along the trajectory.
+
+    ahead: it asks for noise levels up to 1 / (1 - ahead) times that at t.
+    """
+
+    ahead: ClassVar[float] = 0.0
 
     @abstractmethod
     def __call__(self, field: Field, x: Tensor, t: Tensor, velocity: Tensor) -> Tensor:
@@ -80,8 +86,10 @@ class Difference(Tangents):
     step: float = 0.01  # in log tan t
 
     def __post_init__(self):
-        if not 0 < self.step <= 1:
-            raise ValueError(f"step must be in (0, 1], got {self.step}; 0.01 is customary in float32, 0.1 in bfloat16")
+        if not 0 < self.step <= 0.5:
+            raise ValueError(
+                f"step must be in (0, 0.5], got {self.step}; 0.01 is customary in float32, 0.1 in bfloat16"
+            )
 
     def spacing(self, t: Tensor) -> Tensor:
         """h of shape (N,)."""
@@ -102,6 +110,10 @@ class Rotational(Difference):
 @dataclass(frozen=True)
 class Central(Difference):
     """(u(x_(t+h), t + h) - u(x_(t-h), t - h)) / (2 sin h): second order, two forward passes."""
+
+    @property
+    def ahead(self) -> float:
+        return self.step  # near pi / 2, where tan is 1 / (pi / 2 - t), exactly so; elsewhere it is less
 
     @torch.no_grad()
     def __call__(self, field: Field, x: Tensor, t: Tensor, velocity: Tensor) -> Tensor:

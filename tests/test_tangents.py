@@ -229,7 +229,14 @@ def test_differences_along_the_circle_are_exact_on_a_point_mass(rule, step):
     assert errors(rule, point_mass([0.3, -0.5]), step=step) < 1e-10  # rounding, 1 / step times as large
 
 
-@pytest.mark.parametrize("step", [0.0, 1.5])
+@pytest.mark.parametrize("step", [0.0, 0.6])
 def test_a_step_that_reaches_the_ends_is_refused(step):
-    with pytest.raises(ValueError, match=r"step must be in \(0, 1\]"):
+    with pytest.raises(ValueError, match=r"step must be in \(0, 0.5\]"):
         Central(step)
+
+
+@pytest.mark.parametrize("step", [0.01, 0.5])
+def test_a_central_difference_looks_no_further_ahead_than_it_says(step):
+    t = torch.linspace(1e-4, math.pi / 2 - 1e-4, 999, dtype=float64)
+    grown = (t + Central(step).spacing(t)).tan() / t.tan()
+    assert grown.max() == pytest.approx(1 / (1 - Central(step).ahead), rel=1e-6)

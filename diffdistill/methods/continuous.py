@@ -69,7 +69,7 @@ class ContinuousConsistency(Method):
     That prediction is f: it is x itself at t = 0 wherever the network predicts anything but x0, which is what makes the
     exact f the only one whose derivative along trajectories is 0. The generator stays in its own process, where it is
     sampled and exported; the loss sees it in TrigFlow of the same sigma_data, in which F is the velocity. Times beyond
-    the process's noisiest are taken as that one.
+    the process's noisiest are taken as that one, of which the network's clock must still tell the derivative.
 
     The loss is |F - sg(F) - g|^2 with F in units of sigma_data and g the normalised tangent, in the norm by which it is
     normalised: summed over a sample for l2, its mean for the others. Its value says nothing about progress (with l2 it
@@ -90,8 +90,9 @@ class ContinuousConsistency(Method):
         _refuse_unfit(self.generator.step_rule, len(self.generator.grid), denoiser.source)
         self.process = _trig_of(denoiser.process)
         self._student = denoiser.seen_in(self.process)
-        noisiest = torch.tensor([denoiser.process.t_max], dtype=torch.float64)
-        self._last = self.process.time_of(denoiser.process.ratio(noisiest)).item()
+        noisiest = denoiser.process.ratio(torch.tensor([denoiser.process.t_max], dtype=torch.float64))
+        # a little below, so that no rounding takes the native time to its end, where it stands still
+        self._last = self.process.time_of(noisiest * (1 - config.tangents.ahead) * (1 - 1e-4)).item()
         self.weight = _beside(denoiser) if config.adaptive else None
 
     @abstractmethod
