@@ -60,6 +60,14 @@ def test_the_passes_of_a_step_are_those_counted_by_hand(name, options, generator
     assert cost(name, **options).passes == expected
 
 
+def test_consistency_takes_a_pass_for_the_tangent_and_one_for_the_gradient():
+    """The tangent's pass carries derivatives along, and is counted as one; two, without, where it is a difference."""
+    assert cost("scm").passes == {"generator": Passes(2, 1), "teacher": Passes(1, 0)}
+    assert cost("scm", tangents={"name": "central"}).passes["generator"] == Passes(3, 1)
+    assert cost("sct").passes["generator"] == Passes(2, 1)
+    assert cost("scm", adaptive=True).memory == 4 + 1
+
+
 def test_memory_counts_networks_and_what_training_them_adds():
     """Weights, gradient and two moments of generator and critic, and the teacher's weights."""
     assert cost("dmd2").memory == 4 + 4 + 1
