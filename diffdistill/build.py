@@ -30,6 +30,7 @@ from diffdistill.health import WARM_STEPS
 from diffdistill.memory import memory_for
 from diffdistill.method import Method, Networks, PlayerSpec
 from diffdistill.methods import METHODS
+from diffdistill.methods.continuous import TimeWeight
 from diffdistill.methods.multi_student import MultiStudent
 from diffdistill.perceptual import LpipsNetwork, read_lpips
 from diffdistill.player import RAW, HalfLifeDecay, LearningRate, Player
@@ -152,7 +153,7 @@ def shard(spec: PlayerSpec, device: torch.device) -> PlayerSpec:
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for module in spec.modules:
-        roots = [part for part in module.modules() if isinstance(part, Backbone | DiscriminatorHead)]
+        roots = [part for part in module.modules() if isinstance(part, Backbone | DiscriminatorHead | TimeWeight)]
         for root in roots:
             blocks = root.blocks() if isinstance(root, Backbone) else ()
             for part in (*blocks, root):
@@ -181,6 +182,8 @@ def _first_forward(module: torch.nn.Module) -> None:
             module.logits(*networks.blank_batch(module.denoiser))
         case Discriminator():
             module(*networks.blank_batch(module.trunk))
+        case TimeWeight():
+            module(module.waves[:1])
 
 
 def player(spec: PlayerSpec, config: PlayerConfig, steps: int, accelerator: Accelerator, *, sharded: bool) -> Player:

@@ -71,6 +71,8 @@ class ContinuousConsistency(Method):
     sampled and exported; the loss sees it in TrigFlow of the same sigma_data, in which F is the velocity. Times beyond
     the process's noisiest are taken as that one, of which the network's clock must still tell the derivative.
 
+    Of a network that predicts eps, F divides by cos t, and so do its gradients near pure noise; v and f do not.
+
     The loss is |F - sg(F) - g|^2 with F in units of sigma_data and g the normalised tangent, in the norm by which it is
     normalised: summed over a sample for l2, its mean for the others. Its value says nothing about progress (with l2 it
     is about 1 throughout); the readings `tangent` do, root mean squares of g before it is normalised.
