@@ -107,7 +107,7 @@ def _status_mib(name: str) -> float:
 
 
 def commit() -> str:
-    """The commit of this checkout, and whether the kernels in it have changes; "unknown" outside of one."""
+    """The commit of this checkout, and whether what is measured has changes; "unknown" outside of one."""
 
     def git(*arguments: str) -> str | None:
         run = subprocess.run(("git", *arguments), cwd=REPOSITORY, capture_output=True, text=True)
@@ -116,7 +116,7 @@ def commit() -> str:
     head = git("rev-parse", "HEAD") if shutil.which("git") else None
     if head is None:
         return "unknown"
-    return head + (" with changes" if git("status", "--porcelain", "kernels") else "")
+    return head + (" with changes" if git("status", "--porcelain", "kernels", "diffdistill") else "")
 
 
 def hardware(device: torch.device) -> str:
@@ -165,7 +165,7 @@ def _short(value: Any) -> Any:
 def header(device: torch.device, seed: int, **more: Any) -> dict[str, Any]:
     """What must be known to repeat a measurement."""
     return {
-        "command": "python benchmarks/attention.py " + " ".join(sys.argv[1:]),
+        "command": f"python benchmarks/{Path(sys.argv[0]).name} " + " ".join(sys.argv[1:]),
         "commit": commit(),
         "hardware": hardware(device),
         "versions": {

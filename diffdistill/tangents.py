@@ -18,9 +18,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
+from diffdistill.dual_layers import DualLayers
 from diffdistill.process import lift
 
 Field = Callable[[Tensor, Tensor], Tensor]  # field(x_t, t): (N, ...) and (N,) to (N, ...)
@@ -38,19 +37,8 @@ def directional(field: Field, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor) -> t
     """
     from flash_jvp import dual_attention
 
-    with torch.no_grad(), dual_attention(), _ContiguousNorms():
+    with torch.no_grad(), dual_attention(), DualLayers():
         return torch.func.jvp(field, (x, t), (dx, dt))
-
-
-class _ContiguousNorms(TorchFunctionMode):
-    """Group normalisation of contiguous inputs: the forward-mode formula of torch 2.13 fails on channels-last ones,
-    which is what attention leaves in the UNets of diffusers."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is functional.group_norm:
-            x, *rest = args
-            return func(x.contiguous(), *rest, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
 
 
 class Tangents(ABC):

@@ -12,7 +12,7 @@ from torch import nn
 from diffdistill.backbones.diffusers import DiffusersBackbone
 from diffdistill.backbones.mlp import MLP
 from diffdistill.denoiser import Backbone, Denoiser
-from diffdistill.networks import read_denoiser
+from diffdistill.networks import read_denoiser, recompute_activations
 from diffdistill.prediction import Prediction
 from diffdistill.process import VE, VP, Rectified, Trig, lift
 from diffdistill.rng import Rng, drawn_from, replace_dropout
@@ -207,6 +207,17 @@ def test_the_exact_tangent_of_the_shipped_teacher_is_its_finite_difference():
     in_full_precision(model.double())
     assert_exact(model.eval())
     assert_exact(model.train())
+
+
+@pytest.mark.parametrize("name", ["unet", "dit"])
+def test_recomputed_activations_leave_the_exact_tangent_as_it_is(name):
+    clock = {"unet": "edm", "dit": "thousand"}[name]
+    native, source, scaled = FAMILIES[{"unet": "edm", "dit": "flow"}[name]]
+    model = Denoiser(lively(NETWORKS[name]()), native, source, clock=clock, scale_input=scaled).double().train()
+    in_full_precision(model)
+    dropouts = replace_dropout(model)
+    recompute_activations(model)
+    assert_exact(model, dropouts)
 
 
 def errors(rule, law, *, step: float) -> torch.Tensor:

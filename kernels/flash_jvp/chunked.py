@@ -31,9 +31,10 @@ from torch import Tensor
 
 from flash_jvp.logits import Logits, like_queries, slices, statistics_dtype
 
-# Scores held at once, over the batch elements, heads and rows of a block: 16 MiB of float32, where a CPU was fastest.
-BLOCK_SCORES = 1 << 22
-LEAST_ROWS = 16
+# Scores held at once, over the batch elements, heads and rows of a block: those of 64 rows, but 4 MiB of float32 at the
+# least and 16 at the most, where a CPU was fastest at 256 to 16,384 keys.
+BLOCK_SCORES = (1 << 20, 1 << 22)
+GOOD_ROWS, LEAST_ROWS = 64, 16
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,10 @@ class _Block:
 def _blocks(q: Tensor, keys: _Keys, logits: Logits) -> Iterator[_Block]:
     batch, heads, num_queries, _ = q.shape
     scores_per_row = heads * max(keys.k.shape[2], 1)
-    num_rows = min(max(BLOCK_SCORES // scores_per_row, LEAST_ROWS), max(num_queries, 1))
-    elements = max(BLOCK_SCORES // (scores_per_row * num_rows), 1)
+    least, most = BLOCK_SCORES
+    scores = min(max(GOOD_ROWS * scores_per_row, least), most)
+    num_rows = min(max(scores // scores_per_row, LEAST_ROWS), max(num_queries, 1))
+    elements = max(scores // (scores_per_row * num_rows), 1)
     for of_batch in slices(batch, elements):
         of_keys, of_logits = keys.batch(of_batch), logits.batch(of_batch)
         for rows in slices(num_queries, num_rows):

@@ -187,7 +187,7 @@ def test_the_size_of_a_block_changes_nothing(mask, monkeypatch):
     do, dto = cotangents(tensors)
     whole = by_chunks(tensors, do, dto)
     for scores in (1, 4 * 41 * 20, 4 * 41 * 37 * 2):  # 16 rows at a time, 20 rows, two batch elements
-        monkeypatch.setattr(chunked, "BLOCK_SCORES", scores)
+        monkeypatch.setattr(chunked, "BLOCK_SCORES", (scores, scores))
         torch.testing.assert_close(by_chunks(tensors, do, dto), whole, rtol=1e-12, atol=1e-13)
 
 
@@ -242,7 +242,7 @@ class Peak(TorchDispatchMode):
 @pytest.mark.parametrize("mask", ["full", "softcap", "causal kv_lens"])
 @pytest.mark.parametrize("step", ["forward", "backward"])
 def test_memory_is_linear_in_the_length(step, mask, monkeypatch):
-    monkeypatch.setattr(chunked, "BLOCK_SCORES", 1 << 12)
+    monkeypatch.setattr(chunked, "BLOCK_SCORES", (1 << 12, 1 << 12))
 
     def peak(length: int) -> int:
         tensors = make(Problem(lengths=(length, length), mask=mask, batch=1))
