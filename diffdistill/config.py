@@ -11,6 +11,7 @@ from diffdistill.player import RAW, ConstantDecay, PowerDecay
 from diffdistill.prediction import Prediction
 from diffdistill.shares import SHARES, Shares
 from diffdistill.tangents import TANGENTS, Tangents
+from diffdistill.time_pairs import LEVELS, TIME_PAIRS, Levels, TimePairs
 from diffdistill.times import TIME_SAMPLERS, TimeSampler
 
 
@@ -107,6 +108,10 @@ class DenoiserConfig:
     clock: Literal[tuple(CLOCKS)]  # what it is told about t
     scale_input: bool = False  # feed it x_t / sqrt(alpha^2 sigma_data^2 + sigma^2), as EDM does
     null_label: int = -1  # of a UNet whose last label means "no class"; -1: none
+    boundary: float = 0.0  # noise level at which x0 is the input itself, of consistency models on ve; 0: EDM's x0
+
+    def __post_init__(self):
+        _not_negative(self, "boundary")
 
 
 @dataclass(frozen=True)
@@ -140,8 +145,10 @@ class GeneratorConfig:
     network: NetworkConfig | None = None  # a network made anew, e.g. a smaller student; else it starts as the teacher
     init_from: str = ""  # a run, a checkpoint, or a denoiser's folder: its weights, for a new recipe
     init_weights: str = "raw"  # of a run or checkpoint: raw, or the name of one of its averages
+    boundary: float = 0.0  # noise level on ve at which its x0 is its input itself, as in consistency models; 0: none
 
     def __post_init__(self):
+        _not_negative(self, "boundary")
         if (self.network is None) != (self.denoiser is None):
             given, lacking = ("network", "denoiser") if self.denoiser is None else ("denoiser", "network")
             raise ValueError(
@@ -300,5 +307,7 @@ CHOICES: dict[Any, Mapping[str, type]] = {
     Shares: SHARES,
     Distance: DISTANCES,
     Tangents: TANGENTS,
+    TimePairs: TIME_PAIRS,
+    Levels: LEVELS,
 }
 NAMES: dict[type, str] = {kind: name for choices in CHOICES.values() for name, kind in choices.items()}

@@ -68,7 +68,8 @@ def meaning_of(network: Denoiser) -> str:
         t = process.warp(u)
         laws += [f"{value:.6g}" for value in torch.stack([t, process.alpha(t), process.sigma(t)]).flatten().tolist()]
         laws.append(f"{process.sigma_data:.6g}")
-    said = json.dumps([*laws, network.source.name, network.clock, network.scale_input])
+    boundary = [network.boundary] if network.boundary else []  # most have none, and pairs of before know of none
+    said = json.dumps([*laws, network.source.name, network.clock, network.scale_input, *boundary])
     name = f"{network.source.name.lower()} of {network.native}, seen in {network.process}"
     return f"{name}, {hashlib.sha256(said.encode()).hexdigest()[:12]}"
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from diffdistill.prediction import Prediction, conversion, convert
-from diffdistill.process import Process, lift
+from diffdistill.process import VE, Process, lift
 
 Condition = Mapping[str, Tensor]
 
@@ -83,6 +83,10 @@ class Denoiser(nn.Module):
             source=Prediction.F and clock="edm" that is EDM's whole preconditioning.
         process: the process that callers speak, by default `native`. Another one is matched by signal-to-noise ratio,
             which leaves the trajectories of the PF-ODE unchanged up to scale.
+        boundary: the noise level on VE at which the predicted x0 is x_t itself, whatever the network gives (Song et al.
+            2023); for source=Prediction.F. At 0 that is EDM's own x0.
+    Raises:
+        ValueError: a boundary above 0 with another native process or source, or not below t_max.
     """
 
     def __init__(
@@ -94,11 +98,18 @@ class Denoiser(nn.Module):
         clock: str,
         scale_input: bool = False,
         process: Process | None = None,
+        boundary: float = 0.0,
     ):
         super().__init__()
+        if boundary and not (isinstance(native, VE) and source is Prediction.F and 0 < boundary < native.t_max):
+            raise ValueError(
+                f"boundary={boundary} must be a noise level below sigma_max of a network with process ve, prediction "
+                f"f, got one with {native} and {source.value}; leave boundary out"
+            )
         self.backbone = backbone
         self.native, self.source, self.clock, self.scale_input = native, source, clock, scale_input
         self.process = native if process is None else process
+        self.boundary = boundary
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -113,6 +124,19 @@ class Denoiser(nn.Module):
             clock=self.clock,
             scale_input=self.scale_input,
             process=process,
+            boundary=self.boundary,
+        )
+
+    def bounded(self, boundary: float) -> "Denoiser":
+        """The same network, sharing its parameters, whose x0 is its input at the noise level `boundary`."""
+        return Denoiser(
+            self.backbone,
+            self.native,
+            self.source,
+            clock=self.clock,
+            scale_input=self.scale_input,
+            process=self.process,
+            boundary=boundary,
         )
 
     def forward(
@@ -125,7 +149,7 @@ class Denoiser(nn.Module):
         at its noisiest time about the same noise; its x0 is passed on, and the rest follows in the caller's law.
         """
         native = self.native
-        if native is self.process:
+        if native is self.process and not self.boundary:
             return convert(self._network(x_t, t, cond), x_t, t, native, source=self.source, to=to)
         time = native.time_of(self.process.ratio(t))
         norm = (native.alpha(time) ** 2 + native.sigma(time) ** 2).sqrt()
@@ -133,7 +157,7 @@ class Denoiser(nn.Module):
         output = self._network(lift(norm, x_t) * x_t, time, cond)
         # x0 = p0 output + n0 norm x_t in the native process, then result = r0 x0 + s0 x_t in the caller's. The scalars
         # are composed first, in float64: near the data each alone is huge, and their float32 tensors would cancel.
-        p0, n0 = conversion(time, native, source=self.source, to=Prediction.X0)
+        p0, n0 = self._clean(time)
         r0, s0 = conversion(t, self.process, source=Prediction.X0, to=to)
         return lift(r0 * p0, x_t) * output.to(x_t.dtype) + lift(r0 * n0 * norm + s0, x_t) * x_t
 
@@ -160,6 +184,15 @@ class Denoiser(nn.Module):
         with tapped(self.backbone, taps, leave=not whole) as features:
             self(x_t, t, cond)
         return features
+
+    def _clean(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """The scalars of x0 = first * output + second * x in the native process, each (N,)."""
+        p0, n0 = conversion(time, self.native, source=self.source, to=Prediction.X0)
+        if not self.boundary:
+            return p0, n0
+        # Song et al. 2023, in the released code's form: what is under the root of c_out keeps its noise level
+        above, std = time - self.boundary, self.native.sigma_data
+        return p0 * (above / time), std**2 / (above**2 + std**2)
 
     def _network(self, x: Tensor, t: Tensor, cond: Condition | None) -> Tensor:
         """The backbone's raw output in the native process."""

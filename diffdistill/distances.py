@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from diffdistill.losses import pair_distance
+from diffdistill.losses import full, pair_distance
 
 Measure = Callable[[Tensor, Tensor], Tensor]  # of samples and their targets, each (N, ...): one value each, shape (N,)
 
@@ -39,6 +39,14 @@ class PseudoHuber(Distance):
 
     def measure(self, perceptual: Callable[["Lpips"], Measure] | None) -> Measure:
         return lambda made, target: pair_distance(made, target, huber=self.huber)
+
+
+@dataclass(frozen=True)
+class Absolute(Distance):
+    """The mean absolute difference."""
+
+    def measure(self, perceptual: Callable[["Lpips"], Measure] | None) -> Measure:
+        return lambda made, target: (full(made) - full(target)).abs().flatten(1).mean(1)
 
 
 SMALLEST = 16  # pixels a side: VGG16 halves a picture four times
@@ -83,4 +91,9 @@ class Lpips(Distance):
             )
 
 
-DISTANCES: dict[str, type[Distance]] = {"pseudo_huber": PseudoHuber, "squared": Squared, "lpips": Lpips}
+DISTANCES: dict[str, type[Distance]] = {
+    "pseudo_huber": PseudoHuber,
+    "squared": Squared,
+    "absolute": Absolute,
+    "lpips": Lpips,
+}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffdistill.denoiser import Condition, Denoiser
 from diffdistill.prediction import Prediction
-from diffdistill.process import Process
+from diffdistill.process import Process, lift
 from diffdistill.rng import Rng
 from diffdistill.solvers import SOLVERS, at, solve
 
@@ -77,6 +77,13 @@ class Generator(Sampler):
             raise ValueError(f"generator.step_rule must be one of {', '.join(STEP_RULES)}, got {step_rule!r}")
         self._denoiser, self.grid, self.step_rule = denoiser, grid, step_rule
         self._prior_std = process.prior_std(grid[0])  # once: reading a number of a tensor waits for it
+        # where predictions of x0 lie: at the data, or at a consistency function's boundary, whose noise they keep
+        self._end = process.time_of(torch.tensor([denoiser.boundary], dtype=torch.float64)).item()
+        if grid[-1] <= self._end:
+            raise ValueError(
+                f"generator.grid must lie above generator.boundary={denoiser.boundary}, at which x0 is the input "
+                f"itself, got {grid}"
+            )
 
     @property
     def denoiser(self) -> Denoiser:
@@ -111,7 +118,8 @@ class Generator(Sampler):
         """The state at r from the state at t."""
         if self.step_rule == "renoise":
             x0 = self.denoiser(x, at(t, x), cond)
-            return self.process.perturb(x0, rng.normal(x.shape[1:]), at(r, x))
+            _, added = self.process.transition(at(self._end, x), at(r, x))
+            return lift(self.process.alpha(at(r, x)), x) * x0 + lift(added, x) * rng.normal(x.shape[1:])
 
         def predict(x_t: Tensor, time: Tensor, *, to: Prediction) -> Tensor:
             return self.denoiser(x_t, time, cond, to=to)

@@ -76,7 +76,12 @@ def _table(config: VPConfig) -> VP:
 def denoiser(backbone: Backbone, config: DenoiserConfig) -> Denoiser:
     """The backbone with what its inputs and outputs mean."""
     return Denoiser(
-        backbone, process(config.process), config.prediction, clock=config.clock, scale_input=config.scale_input
+        backbone,
+        process(config.process),
+        config.prediction,
+        clock=config.clock,
+        scale_input=config.scale_input,
+        boundary=config.boundary,
     )
 
 
@@ -132,7 +137,19 @@ def write_denoiser(model: Denoiser, config: DenoiserConfig, folder: Path, *, hal
 
 
 def starting_denoiser(config: Config, device: torch.device | str = "cpu") -> tuple[Denoiser, DenoiserConfig]:
-    """What the generator starts from: the teacher, a network made anew, or the folder in generator.init_from."""
+    """What the generator starts from: the teacher, a network made anew, or the folder in generator.init_from; with
+    the boundary that the generator is to have."""
+    model, meaning = _starting_network(config, device)
+    if not config.generator.boundary:
+        return model, meaning
+    boundary = config.generator.boundary
+    try:
+        return model.bounded(boundary), dataclasses.replace(meaning, boundary=boundary)
+    except ValueError as error:
+        raise ConfigError(f"generator.{error}") from error
+
+
+def _starting_network(config: Config, device: torch.device | str) -> tuple[Denoiser, DenoiserConfig]:
     checkpointing, wanted = config.train.gradient_checkpointing, config.generator
     if wanted.network is not None:
         with torch.random.fork_rng(), META if torch.device(device) == META else torch.device("cpu"):
@@ -293,6 +310,8 @@ def refuse_unfit_network(model: Denoiser, role: str) -> None:
 
 def refuse_latents(config: Config) -> None:
     """Refuses, for LPIPS, a teacher whose samples another network in its pipeline's folder decodes to pictures."""
+    if config.teacher is None:
+        return
     index = Path(config.teacher.path) / "model_index.json"
     named = read_json(index, "restore it") if index.is_file() else {}
     for decoder in ("vae", "vqvae"):

@@ -193,7 +193,7 @@ class Player:
         """Keep a running average of the parameters in these tensors, e.g. those of a network that a loss reads.
 
         Raises:
-            ValueError: the parameters are sharded, and the tensors are not.
+            ValueError: the parameters are sharded, and the tensors are not; or there is an average of this name.
         """
         pairs = zip(self.parameters, copies, strict=True)
         if any(isinstance(parameter, DTensor) and not isinstance(copy, DTensor) for parameter, copy in pairs):
@@ -201,6 +201,8 @@ class Player:
                 f"{name} is a network that follows a player whose parameters are sharded, which is not supported: its "
                 "own are whole on every rank; use train.sharding=replicated with this method"
             )
+        if name in self.averages:
+            raise ValueError(f"averages.{name} is what the method calls a network of its own; choose another name")
         self.averages[name] = Average(self.parameters, copies, decay, changed=self.reshard)
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffdistill.denoiser import Condition, Denoiser
 from diffdistill.prediction import Prediction
-from diffdistill.process import Process
+from diffdistill.process import Process, lift
 from diffdistill.solvers import solve
 
 
@@ -34,11 +34,16 @@ class Teacher:
         cond: Condition | None = None,
         *,
         to: Prediction = Prediction.X0,
-        guidance: float | None = None,
+        guidance: float | Tensor | None = None,
     ) -> Tensor:
-        """The guided prediction at x_t of shape (N, ...) and t of shape (N,); both branches in one call of 2 N."""
+        """The guided prediction at x_t of shape (N, ...) and t of shape (N,); both branches in one call of 2 N.
+
+        guidance: another scale than the default, or one per sample, shape (N,).
+        """
         w = self.guidance if guidance is None else guidance
-        if w == 1:
+        if isinstance(w, Tensor):
+            w = lift(w, x_t)
+        elif w == 1:
             return self.denoiser(x_t, t, cond, to=to)
         backbone = self.denoiser.backbone
         cond = {} if cond is None else cond
@@ -54,7 +59,7 @@ class Teacher:
         cond: Condition | None = None,
         *,
         solver: str = "heun",
-        guidance: float | None = None,
+        guidance: float | Tensor | None = None,
     ) -> Tensor:
         """The PF-ODE from times[0] through to times[-1], descending, without gradient.
 

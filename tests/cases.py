@@ -16,10 +16,11 @@ from diffdistill.critic import Critic, Discriminator, DiscriminatorHead
 from diffdistill.data import SomeLabels, Stream, Streams
 from diffdistill.data.pairs import Pairs
 from diffdistill.denoiser import Denoiser
-from diffdistill.distances import Lpips
+from diffdistill.distances import Absolute, Lpips
 from diffdistill.generator import Generator
 from diffdistill.method import Method, Networks, PlayerSpec, Sample, Source, Weights
 from diffdistill.methods import METHODS
+from diffdistill.methods.consistency import Consistency
 from diffdistill.methods.dmd import DMD
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.perceptual import LpipsNetwork
@@ -29,6 +30,14 @@ from diffdistill.process import VE
 from diffdistill.rng import Rng
 from diffdistill.tangents import Rotational, Semi
 from diffdistill.teacher import Teacher
+from diffdistill.time_pairs import (
+    ContinuousPairs,
+    DoublingLevels,
+    FixedLevels,
+    GrowingLevels,
+    LogNormalPairs,
+    UniformPairs,
+)
 from diffdistill.trainer import Schedule, Trainer
 
 NUM_CLASSES = 3
@@ -162,6 +171,18 @@ def random_weights(run: str, step: int) -> Weights:
 
 
 CASES: dict[str, Case] = {
+    "consistency": Case("consistency", {"pairs": UniformPairs(FixedLevels(6)), "target_decay": 0.8}),
+    "consistency-guided": Case(
+        "consistency", {"solver": "ddim", "guidance_range": (1.5, 3.0), "distance": Absolute()}, grid=(20.0,)
+    ),
+    "consistency_training": Case("consistency_training", {"pairs": ContinuousPairs(stage_steps=4)}),
+    "consistency_training-annealed": Case(
+        "consistency_training",
+        {"pairs": UniformPairs(GrowingLevels(2, 9, 8)), "target_decay": 0.5, "target_annealed": True},
+    ),
+    "consistency_training-doubling": Case(
+        "consistency_training", {"pairs": LogNormalPairs(DoublingLevels(2, 8, 9)), "weight": "c_out"}
+    ),
     "degrade": Case("degrade", {}, guidance=1.0),
     "denoise": Case("denoise", {}),
     "diff_instruct": Case("diff_instruct", {}, grid=(20.0,)),
@@ -198,6 +219,7 @@ CASES: dict[str, Case] = {
         "multi_student", {"students": 2, "inside": DMD2.Config(ratio=2, gan_weight=0.1, gan_critic_weight=0.1)}
     ),
     "multi_student-one-alone": Case("multi_student", {"students": 2, "inside": DMD2.Config(ratio=1), "only": 1}),
+    "multi_student-consistency": Case("multi_student", {"students": 2, "inside": Consistency.Config(target_decay=0.8)}),
     "multi_student-dmd": Case("multi_student", {"students": 2, "inside": DMD.Config()}, grid=(20.0,)),
     "phased_dmd": Case("phased_dmd", {"steps_per_phase": (2,), "ratio": 2}, step_rule="euler"),
     "phased_dmd-two-times-in-one-phase": Case(

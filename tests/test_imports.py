@@ -12,7 +12,7 @@ PACKAGE = ROOT / "diffdistill"
 
 # What each file may import: names of our own modules without "diffdistill.", and packages beyond torch, numpy, pillow,
 # safetensors and the standard library. A folder's name stands for all of its files; "*" is everything of ours.
-TENSORS = {"process", "prediction", "times", "rng", "losses", "distances", "solvers"}
+TENSORS = {"process", "prediction", "times", "time_pairs", "rng", "losses", "distances", "solvers"}
 NETWORKS = TENSORS | {"denoiser", "teacher", "generator", "relay", "critic", "intervals"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"api"},
@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rng": set(),
     "prediction": {"process"},
     "times": {"process"},
+    "time_pairs": {"process"},
     "solvers": {"process", "prediction"},
     "divergences": set(),
     "dual_layers": set(),
@@ -46,7 +47,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "player": {"method", "rng"},
     "checkpoint": {"player", "method"},
     "trainer": {"checkpoint", "health", "memory", "player", "method", "readings", "rng", "accelerate", "tqdm"},
-    "config": {"denoiser", "distances", "generator", "player", "prediction", "shares", "tangents", "times"},
+    "config": {
+        "denoiser",
+        "distances",
+        "generator",
+        "player",
+        "prediction",
+        "shares",
+        "tangents",
+        "time_pairs",
+        "times",
+    },
     "recipe": {"config", "method", "methods", "omegaconf", "yaml"},
     "memory": set(),
     "data": {"data", "method", "rng"},

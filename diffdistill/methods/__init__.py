@@ -1,6 +1,7 @@
 """Every method, one file each."""
 
 from diffdistill.method import Method
+from diffdistill.methods.consistency import Consistency, ConsistencyTraining
 from diffdistill.methods.degrade import Degrade
 from diffdistill.methods.denoise import Denoise
 from diffdistill.methods.diff_instruct import DiffInstruct
@@ -19,6 +20,8 @@ from diffdistill.methods.sim import SIM
 from diffdistill.methods.uni_instruct import UniInstruct
 
 METHODS: dict[str, type[Method]] = {
+    "consistency": Consistency,
+    "consistency_training": ConsistencyTraining,
     "degrade": Degrade,
     "denoise": Denoise,
     "diff_instruct": DiffInstruct,
