@@ -568,6 +568,9 @@ def train(method: Method, steps: int, *, batch: int = BATCH, phases: int = 1, **
                 for means in method.players()[name].means.values():
                     means.fold(torch.ones(()))
                 stepped.add(name)
+        for spec in method.averages().values():
+            follow = (list(spec.module.parameters()), [p.detach() for p in players[spec.player]])
+            torch._foreach_lerp_(*follow, 1 - spec.decay(step))
         for name in averages.keys() & stepped:
             torch._foreach_lerp_(averages[name], [p.detach() for p in players[name]], 0.02 if since > 100 else 0.5)
     for name, average in averages.items():

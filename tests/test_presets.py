@@ -53,7 +53,8 @@ def test_a_preset_builds_and_is_planned(path, stand_ins, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     method = path.stem.removesuffix("-recommended")
     without = WITHOUT_NODES if method == "disback" else []
-    given = [f"method.distance.weights={write_vgg16(tmp_path / 'vgg16.safetensors')}"] if method == "dmd" else []
+    perceptual = method in ("dmd", "consistency")
+    given = [f"method.distance.weights={write_vgg16(tmp_path / 'vgg16.safetensors')}"] if perceptual else []
     config = load_config(path, [f"teacher.path={stand_ins[path.parent.name]}", *without, *given])
     assert (config.method_name, config.output) == (method, f"runs/{path.parent.name}-{path.stem.replace('_', '-')}")
     run.look(config)
@@ -192,3 +193,19 @@ def test_a_base_that_cannot_be_used_is_refused(tmp_path, text, message):
     mine.write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_config(mine)
+
+
+def test_the_stages_of_consistency_training_are_counted_in_updates():
+    """250 ticks of 12,800 images, and 3,200,000 images, at the batch of each."""
+    for name, images in (("cifar10", 250 * 12_800), ("imagenet64", 3_200_000)):
+        for end in ENDS:
+            config = preset(f"{name}/consistency_training{end}")
+            assert config.method.pairs.stage_steps == images // config.train.batch
+
+
+def test_the_constant_of_the_norm_follows_its_division():
+    """c of a norm over the whole sample, and Adam's epsilon, over the root of its size; two digits are given."""
+    for name, c, size in (("cifar10", 1e-8, 3 * 32**2), ("imagenet64", 0.06, 3 * 64**2)):
+        config = preset(f"{name}/consistency_training")
+        assert config.method.distance.huber == pytest.approx(c / size**0.5, rel=0.02)
+        assert config.players["generator"].epsilon == pytest.approx(1e-8 / size**0.5, rel=0.02)

@@ -203,9 +203,7 @@ class ConsistencyTraining(ConsistencyMethod):
         pairs: TimePairs = field(default_factory=ContinuousPairs)  # of times at which the function must agree
         weight: Literal["uniform", "gap", "c_out"] = "gap"  # 1, 1 / (t - r), or 1 / c_out(t)^2 of EDM
 
-    reference = (
-        "Song et al. 2023, arXiv:2303.01469 (CT); arXiv:2310.14189 (iCT); Geng et al. 2024, arXiv:2406.14548 (ECT)"
-    )
+    reference = "Song et al. 2023, arXiv:2303.01469; 2024, arXiv:2310.14189; Geng 2024, arXiv:2406.14548"
     needs_teacher = False
     presets = ("cifar10", "imagenet64")
 
