@@ -402,6 +402,8 @@ def trained(config: Config, chosen: Method, accelerate: Accelerator) -> Mapping[
     settings = player_settings(config, specs)
     if sharded:
         specs = {name: shard(spec, accelerate.device) for name, spec in specs.items()}
+        for average in chosen.averages().values():
+            shard(PlayerSpec.of(average.module), accelerate.device)
     players = {
         name: player(spec, settings[name], config.train.steps, accelerate, sharded=sharded)
         for name, spec in specs.items()

@@ -187,22 +187,25 @@ class Player:
 
     def average(self, name: str, decay: Callable[[int], float]) -> None:
         """Keep a running average of the parameters under this name, starting from their present values."""
-        self.follow_with(name, [parameter.detach().clone() for parameter in self.parameters], decay)
+        copies = [parameter.detach().clone() for parameter in self.parameters]
+        self.averages[name] = Average(self.parameters, copies, decay, changed=self.reshard)
 
-    def follow_with(self, name: str, copies: Sequence[Tensor], decay: Callable[[int], float]) -> None:
-        """Keep a running average of the parameters in these tensors, e.g. those of a network that a loss reads.
+    def follow_with(self, name: str, module: nn.Module, decay: Callable[[int], float]) -> None:
+        """Keep a running average of the parameters in those of a module, such as a network that a loss reads.
 
         Raises:
-            ValueError: the parameters are sharded, and the tensors are not; or there is an average of this name.
+            ValueError: the parameters are sharded, and the module's are not; or there is an average of this name.
         """
+        copies = list(module.parameters())
         pairs = zip(self.parameters, copies, strict=True)
         if any(isinstance(parameter, DTensor) and not isinstance(copy, DTensor) for parameter, copy in pairs):
             raise ValueError(
-                f"{name} is a network that follows a player whose parameters are sharded, which is not supported: its "
-                "own are whole on every rank; use train.sharding=replicated with this method"
+                f"{name} is a network that follows a player whose parameters are sharded, and its own are whole on "
+                "every rank; shard it in the same way (build.shard), or use train.sharding=replicated"
             )
         if name in self.averages:
             raise ValueError(f"averages.{name} is what the method calls a network of its own; choose another name")
+        self._sharded += [part for part in module.modules() if isinstance(part, FSDPModule)]
         self.averages[name] = Average(self.parameters, copies, decay, changed=self.reshard)
 
     @torch.no_grad()
@@ -293,9 +296,9 @@ class Player:
         self.optimizer.found_inf = (1 - finite).float()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.reshard()
         for average in self.averages.values():
             average.follow(step, finite)
+        self.reshard()
         for means in self.spec.means.values():
             means.fold(finite)
 

@@ -128,7 +128,7 @@ class Trainer:
         self.training_seconds = 0.0  # over all starts of the run, without checkpoints and hooks
         self._clocked = True  # since the first step
         for name, spec in method.averages().items():
-            players[spec.player].follow_with(name, list(spec.module.parameters()), spec.decay)
+            players[spec.player].follow_with(name, spec.module, spec.decay)
         self._readings, self._watch = Readings(accelerator), Watch(watch_from, method.settings)
         self._references: dict[str, float] | None = None  # what readings should come to
         # 1 until something is not finite, then 0 for good: every later step of every player is skipped on the device

@@ -278,6 +278,8 @@ def make_trainer(
     specs = method.players()
     if shard is not None:
         specs = {name: shard(spec) for name, spec in specs.items()}
+        for average in method.averages().values():
+            shard(PlayerSpec.of(average.module))
     reduce = torch.distributed.all_reduce if accelerator.num_processes > 1 and shard is None else None
     players = {name: make_player(spec, reduce=reduce, **options) for name, spec in specs.items()}
     for name in method.generator.parts:
