@@ -28,7 +28,7 @@ from diffdistill.distances import Lpips
 from diffdistill.generator import Generator
 from diffdistill.health import WARM_STEPS
 from diffdistill.memory import memory_for
-from diffdistill.method import Method, Networks, PlayerSpec
+from diffdistill.method import Method, Networks, PlayerSpec, Source
 from diffdistill.methods import METHODS
 from diffdistill.methods.continuous import TimeWeight
 from diffdistill.methods.multi_student import MultiStudent
@@ -217,11 +217,11 @@ def streams(config: Config, chosen: Method, device: torch.device) -> Streams:
     """The data a method reads, by name of stream, checked against what its networks expect."""
     model = chosen.generator.denoiser
     sources = {name: chosen.source(name) for name in sorted(chosen.streams())}
-    pairs = functools.cache(lambda: pair_stream(config, chosen, device))  # one copy, whoever reads them
-    makers: dict[str, Callable[[Classes | None], Stream]] = {
-        "conditions": lambda classes: label_stream(model, device, classes),
-        "images": lambda classes: image_stream(config, model, device, classes),
-        "pairs": lambda classes: pairs(),
+    pairs = functools.cache(functools.partial(pair_stream, config, chosen, device))  # one copy, whoever reads them
+    makers: dict[str, Callable[[Source], Stream]] = {
+        "conditions": lambda source: label_stream(model, device, source.classes),
+        "images": lambda source: image_stream(config, model, device, source.classes),
+        "pairs": lambda source: pairs(source.unit_noise),
     }
     unknown = sorted({source.kind for source in sources.values()} - makers.keys())
     if unknown:
@@ -229,7 +229,7 @@ def streams(config: Config, chosen: Method, device: torch.device) -> Streams:
             f"method.name={config.method_name} reads the stream {unknown[0]}, which nothing makes; known are "
             f"{', '.join(makers)}; read one of these, or add {unknown[0]} to build.streams"
         )
-    return Streams({name: makers[source.kind](source.classes) for name, source in sources.items()})
+    return Streams({name: makers[source.kind](source) for name, source in sources.items()})
 
 
 def refuse_absent(config: Config, chosen: Method) -> None:
@@ -279,14 +279,18 @@ def image_stream(config: Config, model: Denoiser, device: torch.device, classes:
     return Images(found, labelled=num_classes > 0, flip=config.data.flip)
 
 
-def pair_stream(config: Config, chosen: Method, device: torch.device) -> Stream:
-    """The pairs of a config, on the device.
+def pair_stream(config: Config, chosen: Method, device: torch.device, unit_noise: bool) -> Stream:
+    """The pairs of a config, on the device; with `unit_noise`, their noise divided by its deviation.
 
     Raises:
-        ConfigError: there are none, or they are of another teacher or begin with another noise than the generator.
+        ConfigError: there are none, or they are of another teacher or, where the noise is taken as it is, begin with
+            another one than the generator.
     """
     _refuse_other_pairs(_pair_recipe(config), config, chosen, weights=True)
-    return read_pairs(Path(config.data.pairs), device)[1]
+    recipe, pairs = read_pairs(Path(config.data.pairs), device)
+    if unit_noise:
+        pairs.noise.div_(recipe.noise_std)
+    return pairs
 
 
 def _pair_recipe(config: Config) -> PairRecipe:
@@ -304,16 +308,13 @@ def _pair_recipe(config: Config) -> PairRecipe:
 def _refuse_other_pairs(recipe: PairRecipe, config: Config, chosen: Method, *, weights: bool) -> None:
     """Refuses pairs that do not fit the run; of another teacher's weights only where these were read."""
     model = chosen.generator.denoiser
-    first = max(part.grid[0] for part in chosen.generator.parts.values())
-    wanted = {
-        "shape": tuple(model.sample_shape),
-        "num_classes": model.backbone.num_classes,
-        "start": first,
-        "noise_std": model.process.prior_std(first),
-    }
+    wanted = {"shape": tuple(model.sample_shape), "num_classes": model.backbone.num_classes}
+    if not all(chosen.source(name).unit_noise for name in chosen.streams() if chosen.source(name).kind == "pairs"):
+        first = max(part.grid[0] for part in chosen.generator.parts.values())
+        wanted |= {"start": first, "noise_std": model.process.prior_std(first)}
     if chosen.teacher is not None:
-        frozen = chosen.teacher.denoiser
-        wanted |= {"meaning": meaning_of(frozen), "guidance": chosen.teacher.guidance}
+        frozen = chosen.teacher.denoiser  # perhaps seen in the generator's process, where its own made the pairs
+        wanted |= {"meaning": meaning_of(frozen.seen_in(frozen.native)), "guidance": chosen.teacher.guidance}
         wanted |= {"source": fingerprint(frozen)} if weights else {}
     for name, here in wanted.items():
         there = getattr(recipe, name)

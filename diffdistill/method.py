@@ -136,6 +136,7 @@ class Source:
 
     kind: str  # images, conditions, pairs
     classes: tuple[int, ...] | None = None  # draw from these alone; None for everything
+    unit_noise: bool = False  # of pairs: their noise in deviation 1, whatever process and time it was drawn for
 
 
 class Method(ABC):

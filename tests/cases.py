@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from diffdistill.critic import Critic, Discriminator, DiscriminatorHead
 from diffdistill.data import SomeLabels, Stream, Streams
 from diffdistill.data.pairs import Pairs
 from diffdistill.denoiser import Denoiser
-from diffdistill.distances import Absolute, Lpips
+from diffdistill.distances import Absolute, Lpips, PseudoHuber, Squared
 from diffdistill.generator import Generator
 from diffdistill.method import Method, Networks, PlayerSpec, Sample, Source, Weights
 from diffdistill.methods import METHODS
@@ -38,6 +38,7 @@ from diffdistill.time_pairs import (
     LogNormalPairs,
     UniformPairs,
 )
+from diffdistill.times import UShaped
 from diffdistill.trainer import Schedule, Trainer
 
 NUM_CLASSES = 3
@@ -145,7 +146,8 @@ class Case:
         def stream(source: Source) -> Stream:
             classes = tuple(range(NUM_CLASSES)) if source.classes is None else source.classes
             labels = SomeLabels(torch.tensor(classes))
-            return {"conditions": labels, "images": Labelled(points, classes), "pairs": ends}[source.kind]
+            pairs = replace(ends, noise=points) if source.unit_noise else ends
+            return {"conditions": labels, "images": Labelled(points, classes), "pairs": pairs}[source.kind]
 
         return Streams({name: stream(source) for name, source in sources.items()})
 
@@ -227,6 +229,24 @@ CASES: dict[str, Case] = {
         {"phases": (2, 1), "steps_per_phase": (1, 2), "initial": "previous", "time_scale": "alternating", "ratio": 2},
         grid=(20.0, 5.0, 1.0),
         step_rule="ddim",
+    ),
+    "reflow": Case("reflow", {"straightness_every": 2}, step_rule="euler"),
+    "reflow-annealed-plus": Case(
+        "reflow",
+        {
+            "anneal_steps": 6,
+            "times": UShaped(),
+            "distance": PseudoHuber(0.03),
+            "fading": True,
+            "sample_distance": Squared(),
+            "sample_over_time": True,
+        },
+        step_rule="ddim",
+    ),
+    "reflow-independent": Case("reflow", {"coupling": "independent"}, grid=(20.0,)),
+    "reflow_distill": Case("reflow_distill", {}, guidance=1.0, grid=(20.0,)),
+    "reflow_distill-guided": Case(
+        "reflow_distill", {"guided_weight": 0.5, "guided_from": "teacher"}, step_rule="euler"
     ),
     "scm": Case("scm", {"warmup_steps": 4}),
     "scm-discrete-adaptive": Case(

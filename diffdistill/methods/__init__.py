@@ -12,6 +12,8 @@ from diffdistill.methods.f_distill import FDistill
 from diffdistill.methods.ladd import LADD
 from diffdistill.methods.multi_student import MultiStudent
 from diffdistill.methods.phased_dmd import PhasedDMD
+from diffdistill.methods.reflow import Reflow
+from diffdistill.methods.reflow_distill import ReflowDistill
 from diffdistill.methods.scm import SCM
 from diffdistill.methods.score_matching import ScoreMatching
 from diffdistill.methods.sct import SCT
@@ -32,6 +34,8 @@ METHODS: dict[str, type[Method]] = {
     "ladd": LADD,
     "multi_student": MultiStudent,
     "phased_dmd": PhasedDMD,
+    "reflow": Reflow,
+    "reflow_distill": ReflowDistill,
     "scm": SCM,
     "score_matching": ScoreMatching,
     "sct": SCT,
