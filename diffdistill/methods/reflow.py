@@ -49,9 +49,7 @@ class Reflow(Method):
         fading: bool = False  # multiplies it by 1 - t, as RF++ does
         sample_distance: Distance | None = None  # of the predicted x0 from the pair's, added; RF++: lpips
         sample_over_time: bool = False  # divides that by t, as RF++'s last configuration does
-        anneal_steps: int = (
-            0  # updates in which a pair's noise goes from a fresh one to its own; 0: its own from the start
-        )
+        anneal_steps: int = 0  # updates in which a pair's noise goes from a fresh one to its own; 0: none
         anneal: Literal["linear", "cosine"] = "linear"  # how the share of fresh noise falls
         flip: bool = False  # mirror half of the pairs left to right, noise and data together
         straightness_every: int = 100  # updates between measurements of the straightness; 0: none
@@ -73,10 +71,7 @@ class Reflow(Method):
                         "leave it out (images are mirrored by data.flip)"
                     )
 
-    reference = (
-        "Liu et al. 2022, arXiv:2209.03003; Lee et al. 2024, arXiv:2405.20320 (RF++); "
-        "Zhu et al. 2024, arXiv:2407.12718 (SlimFlow)"
-    )
+    reference = "Liu et al. 2022, arXiv:2209.03003; Lee 2024, arXiv:2405.20320; Zhu 2024, arXiv:2407.12718"
     needs_teacher = False
     reads = "pairs, or images where the coupling is independent"
     trains = "generator"

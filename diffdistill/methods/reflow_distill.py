@@ -46,7 +46,7 @@ class ReflowDistill(Method):
             if self.guided_weight < 0:
                 raise ValueError(f"method.guided_weight must not be negative, got {self.guided_weight}")
 
-    reference = "Liu et al. 2023, arXiv:2309.06380 (InstaFlow); Zhu et al. 2024, arXiv:2407.12718 (SlimFlow)"
+    reference = "Liu et al. 2022, arXiv:2209.03003; 2023, arXiv:2309.06380; Zhu 2024, arXiv:2407.12718"
     needs_teacher = True
     reads = "pairs"
     trains = "generator"
