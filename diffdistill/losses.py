@@ -137,13 +137,16 @@ def consistency_tangent(
     t: Tensor,
     *,
     warmup: float = 1.0,
+    form: str = "scm",
     before: Tensor | None = None,
 ) -> Tensor:
     """cos t df/dt along dx/dt = velocity, for TrigFlow's f = cos t x - sin t F, with warmup < 1 the start of it.
 
         g = -cos^2 t (F - dx/dt) - warmup (sin t cos t x + sin t cos t dF/dt)
 
-    It is 0 at the exact consistency function; with warmup = 0 it leads to the velocity, which is flow matching.
+    It is 0 at the exact consistency function; with warmup = 0 it leads to the velocity, which is flow matching. The
+    form "rcm" has cos t sqrt(1 - warmup^2 sin^2 t) in the place of cos^2 t, and is the same from warmup = 1 on. On data
+    that are a single point both are 0 at every warmup.
 
     Args:
         x_t, velocity, student: of shape (N, ...), `student` being F, sigma_data times the unit-variance F of the paper.
@@ -151,11 +154,13 @@ def consistency_tangent(
         t: shape (N,).
         before: t - h, shape (N,), for the discrete form: where `derivative` is the rotational difference of step h,
             sin h g is then cos t (f(x_t, t) - f(x_(t-h), t - h)) at every h.
-    Source: Lu and Song 2024 (sCM), the rearranged tangent; the discrete form is an identity of rotations.
+    Source: Lu and Song 2024 (sCM), the rearranged tangent; Zheng et al. 2025 (rCM) for the other form, there with
+        warmup before x alone in the released code; the discrete form is an identity of rotations.
     """
     before = t if before is None else before
     x_t, velocity, student, derivative = full(x_t), full(velocity), full(student), full(derivative)
-    follow = lift(t.cos() * before.cos(), x_t) * (student - velocity)
+    kept = before.cos() if form == "scm" else (1 - (warmup * before.sin()).square()).sqrt()
+    follow = lift(t.cos() * kept, x_t) * (student - velocity)
     rest = lift(t.cos() * before.sin(), x_t) * x_t + lift(before.sin() / t.sin(), x_t) * derivative
     return (-follow - warmup * rest).detach()  # detached: the target is a constant of the loss
 

@@ -230,6 +230,11 @@ CASES: dict[str, Case] = {
         grid=(20.0, 5.0, 1.0),
         step_rule="ddim",
     ),
+    "rcm": Case("rcm", {"warmup_steps": 2, "ratio": 2, "drawn_steps": 3}),
+    "rcm-discrete-on-its-grid": Case(
+        "rcm",
+        {"warmup_steps": 0, "ratio": 2, "drawn_steps": 0, "discrete": True, "tangents": Rotational(0.1)},
+    ),
     "reflow": Case("reflow", {"straightness_every": 2}, step_rule="euler"),
     "reflow-annealed-plus": Case(
         "reflow",

@@ -12,6 +12,7 @@ from diffdistill.methods.f_distill import FDistill
 from diffdistill.methods.ladd import LADD
 from diffdistill.methods.multi_student import MultiStudent
 from diffdistill.methods.phased_dmd import PhasedDMD
+from diffdistill.methods.rcm import RCM
 from diffdistill.methods.reflow import Reflow
 from diffdistill.methods.reflow_distill import ReflowDistill
 from diffdistill.methods.scm import SCM
@@ -34,6 +35,7 @@ METHODS: dict[str, type[Method]] = {
     "ladd": LADD,
     "multi_student": MultiStudent,
     "phased_dmd": PhasedDMD,
+    "rcm": RCM,
     "reflow": Reflow,
     "reflow_distill": ReflowDistill,
     "scm": SCM,

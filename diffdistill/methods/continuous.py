@@ -26,6 +26,7 @@ class ConsistencyConfig(MethodConfig):
     times: TimeSampler = field(default_factory=lambda: LogNormal(-1.0, 1.4))  # of the noised images
     tangents: Tangents = field(default_factory=Exact)  # how the derivative along the trajectory is taken
     warmup_steps: int = 1000  # from the teacher's own field to the whole tangent; the papers have 10000
+    warmup: Literal["scm", "rcm"] = "scm"  # what the teacher's part falls as: cos^2 t, cos t sqrt(1 - r^2 sin^2 t)
     normalisation: Literal["l2", "rms", "clip", "none"] = "l2"  # of the tangent, sample by sample; l2 is the papers'
     constant: float = 0.1  # added to the norm; another number for rms than for l2
     adaptive: bool = False  # a learnt weight of the time, a player of its own
@@ -144,7 +145,14 @@ class ContinuousConsistency(Method):
         derivative = tangents(field, x_t, t, velocity)
         before = t - tangents.spacing(t) if self.config.discrete else None
         return consistency_tangent(
-            x_t, velocity, student.detach(), derivative, t, warmup=self.warmup(step), before=before
+            x_t,
+            velocity,
+            student.detach(),
+            derivative,
+            t,
+            warmup=self.warmup(step),
+            form=self.config.warmup,
+            before=before,
         )
 
     def _error(self, x0: Tensor, cond: Condition, rng: Rng, step: int) -> tuple[Tensor, Tensor, Mapping]:
