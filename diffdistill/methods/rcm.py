@@ -78,7 +78,7 @@ class RCM(DMD2):
     reference = "Zheng et al. 2025, arXiv:2510.08431"
     reads = "conditions, and real images but where consistency_weight is 0"
     trains = "generator, critic but where score_weight is 0"
-    presets = ()
+    presets = ("cifar10",)
 
     def __init__(self, config: Config, networks: Networks):
         super().__init__(config, networks)
