@@ -11,7 +11,7 @@ from diffdistill.config import Config, StepsConfig
 from diffdistill.critic import Critic, Discriminator, DiscriminatorHead
 from diffdistill.denoiser import Denoiser
 from diffdistill.distances import Lpips, Measure, Squared
-from diffdistill.generator import Generator
+from diffdistill.generator import FLOW_MAP, Generator
 from diffdistill.method import Action, Method, Networks, Sample, Term, Weights, method_of
 from diffdistill.prediction import Prediction
 from diffdistill.process import VE
@@ -130,7 +130,10 @@ class Sketch:
         return note
 
     def _generator(self) -> Generator:
-        return Generator(self._denoiser("generator"), self._grid, step_rule=self.config.generator.step_rule)
+        denoiser, step_rule = self._denoiser("generator"), self.config.generator.step_rule
+        if step_rule == FLOW_MAP:
+            denoiser.backbone.tell_spans()
+        return Generator(denoiser, self._grid, step_rule=step_rule)
 
     def _critic(self) -> Critic:
         own = self._denoiser("critic")

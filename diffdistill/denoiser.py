@@ -18,15 +18,48 @@ from diffdistill.process import VE, Process, lift
 Condition = Mapping[str, Tensor]
 
 
+def either(mask: Tensor, first: Condition, second: Condition) -> Condition:
+    """The entries of `first` for the samples at which mask (N,) is true, and of `second` for the others."""
+
+    def pick(one: Tensor, other: Tensor) -> Tensor:
+        return torch.where(mask.reshape(-1, *[1] * (one.ndim - 1)), one, other)
+
+    return {name: pick(first[name], second[name]) for name in second}
+
+
 class Backbone(nn.Module, ABC):
     """A network behind one signature; `diffdistill.backbones` adapts real ones to it."""
 
     sample_shape: tuple[int, ...]
     condition_names: tuple[str, ...]
+    span: nn.Module | None  # in networks that are told how far a flow map leads, what tells them
+
+    def __init__(self):
+        super().__init__()
+        self.register_module("span", None)
 
     @abstractmethod
     def forward(self, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
-        """The raw output, of the shape of x (N, *sample_shape), at the network's own time (N,)."""
+        """The raw output, of the shape of x (N, *sample_shape), at the network's own time (N,).
+
+        Where the network is told spans, it finds them in cond["span"], shape (N,), and takes 0 without.
+        """
+
+    def tell_spans(self) -> None:
+        """From here on the network is told spans; at first they make no difference to it.
+
+        Raises:
+            ValueError: the adapter has no way to tell it.
+        """
+        raise ValueError(f"a {type(self).__name__} cannot be told where a flow map leads")
+
+    def folded(self, span: float) -> "Backbone":
+        """A network of its own that is told no span, and equals this one at this span.
+
+        Raises:
+            ValueError: the adapter has no way to make one.
+        """
+        raise ValueError(f"a {type(self).__name__} that is told spans cannot be made one that is not")
 
     @abstractmethod
     def null(self, cond: Condition) -> Condition:
@@ -117,38 +150,45 @@ class Denoiser(nn.Module):
 
     def seen_in(self, process: Process) -> "Denoiser":
         """The same network, sharing its parameters, for callers who speak `process`."""
-        return Denoiser(
-            self.backbone,
-            self.native,
-            self.source,
-            clock=self.clock,
-            scale_input=self.scale_input,
-            process=process,
-            boundary=self.boundary,
-        )
+        return self._changed(process=process)
 
     def bounded(self, boundary: float) -> "Denoiser":
         """The same network, sharing its parameters, whose x0 is its input at the noise level `boundary`."""
-        return Denoiser(
-            self.backbone,
-            self.native,
-            self.source,
-            clock=self.clock,
-            scale_input=self.scale_input,
-            process=self.process,
-            boundary=boundary,
-        )
+        return self._changed(boundary=boundary)
+
+    def told_once(self, t: float, toward: float) -> "Denoiser":
+        """A denoiser of a network of its own that is told one time, and equals this one for flow maps as long as from t
+        to `toward`."""
+        span = self._span(*(torch.tensor([time], dtype=torch.float64) for time in (t, toward)))
+        return self._changed(backbone=self.backbone.folded(span.item()))
+
+    def _changed(self, *, backbone: Backbone | None = None, **changes) -> "Denoiser":
+        kept = {"scale_input": self.scale_input, "process": self.process, "boundary": self.boundary}
+        backbone = self.backbone if backbone is None else backbone
+        return Denoiser(backbone, self.native, self.source, clock=self.clock, **{**kept, **changes})
 
     def forward(
-        self, x_t: Tensor, t: Tensor, cond: Condition | None = None, *, to: Prediction = Prediction.X0
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Condition | None = None,
+        *,
+        to: Prediction = Prediction.X0,
+        toward: Tensor | None = None,
     ) -> Tensor:
         """The prediction `to` at x_t of shape (N, ...) and t of shape (N,), in the shape and dtype of x_t.
+
+        toward: of a network that is told spans, the time r <= t of shape (N,) at which its flow map is to arrive; x_t
+            moved there by DDIM's step from this prediction is the map. Without it, and at r = t, the prediction is
+            that of an ordinary denoiser.
 
         t lies in (0, t_max]: at 0 the sample is the data, and clocks and scores are infinite. Where the caller's
         process is noisier than any native time (alpha = 0 against a table that ends above it), the network is asked
         at its noisiest time about the same noise; its x0 is passed on, and the rest follows in the caller's law.
         """
         native = self.native
+        if toward is not None:
+            cond = {**(cond or {}), "span": self._span(t, toward).to(x_t.dtype)}
         if native is self.process and not self.boundary:
             return convert(self._network(x_t, t, cond), x_t, t, native, source=self.source, to=to)
         time = native.time_of(self.process.ratio(t))
@@ -184,6 +224,13 @@ class Denoiser(nn.Module):
         with tapped(self.backbone, taps, leave=not whole) as features:
             self(x_t, t, cond)
         return features
+
+    def _span(self, t: Tensor, toward: Tensor) -> Tensor:
+        """t - toward in the time of a rectified flow."""
+        if self.backbone.span is None:
+            raise ValueError("the network is not told where a flow map leads; Backbone.tell_spans() changes that")
+        here, there = (self.process.sigma(s) / (self.process.alpha(s) + self.process.sigma(s)) for s in (t, toward))
+        return here - there
 
     def _clean(self, time: Tensor) -> tuple[Tensor, Tensor]:
         """The scalars of x0 = first * output + second * x in the native process, each (N,)."""

@@ -11,9 +11,10 @@ from diffdistill.denoiser import Condition, Denoiser
 from diffdistill.prediction import Prediction
 from diffdistill.process import Process, lift
 from diffdistill.rng import Rng
-from diffdistill.solvers import SOLVERS, at, solve
+from diffdistill.solvers import SOLVERS, Predict, at, solve
 
-STEP_RULES = ("renoise", *SOLVERS)
+FLOW_MAP = "flow_map"
+STEP_RULES = ("renoise", FLOW_MAP, *SOLVERS)
 GENERATOR = "generator"  # the player that trains the generator, where there is one
 
 
@@ -64,7 +65,8 @@ class Generator(Sampler):
         grid: the times of its evaluations, strictly descending, in (0, t_max].
         step_rule: how it gets from one time to the next. "renoise": predict x0, add fresh noise (consistency and
             DMD sampling). "euler", "ddim", "heun": follow the PF-ODE. The last evaluation gives the predicted x0, which
-            on VE and Rectified is Euler's step to the data.
+            on VE and Rectified is Euler's step to the data. "flow_map": the network is told where each step leads, and
+            leaps there.
     """
 
     def __init__(self, denoiser: Denoiser, grid: Sequence[float], *, step_rule: str = "renoise"):
@@ -75,6 +77,11 @@ class Generator(Sampler):
             raise ValueError(f"generator.grid must lie in (0, {process.t_max:g}], the times of {process}, got {grid}")
         if step_rule not in STEP_RULES:
             raise ValueError(f"generator.step_rule must be one of {', '.join(STEP_RULES)}, got {step_rule!r}")
+        if step_rule == FLOW_MAP and denoiser.backbone.span is None:
+            raise ValueError(
+                f"generator.step_rule={FLOW_MAP} needs a network that is told where a step leads; make it one by "
+                "Backbone.tell_spans()"
+            )
         self._denoiser, self.grid, self.step_rule = denoiser, grid, step_rule
         self._prior_std = process.prior_std(grid[0])  # once: reading a number of a tensor waits for it
         # where predictions of x0 lie: at the data, or at a consistency function's boundary, whose noise they keep
@@ -112,7 +119,7 @@ class Generator(Sampler):
         with torch.no_grad():
             for t, r in zip(self.grid[:stop], self.grid[1 : stop + 1], strict=True):
                 x = self._step(x, t, r, cond, rng)
-        return self.denoiser(x, at(self.grid[stop], x), cond)
+        return self._predictor(cond, 0.0)(x, at(self.grid[stop], x))
 
     def _step(self, x: Tensor, t: float, r: float, cond: Condition | None, rng: Rng) -> Tensor:
         """The state at r from the state at t."""
@@ -121,7 +128,14 @@ class Generator(Sampler):
             _, added = self.process.transition(at(self._end, x), at(r, x))
             return lift(self.process.alpha(at(r, x)), x) * x0 + lift(added, x) * rng.normal(x.shape[1:])
 
-        def predict(x_t: Tensor, time: Tensor, *, to: Prediction) -> Tensor:
-            return self.denoiser(x_t, time, cond, to=to)
+        solver = "ddim" if self.step_rule == FLOW_MAP else self.step_rule
+        return solve(self._predictor(cond, r), self.process, x, (t, r), solver=solver)
 
-        return solve(predict, self.process, x, (t, r), solver=self.step_rule)
+    def _predictor(self, cond: Condition | None, r: float) -> Predict:
+        """The denoiser under its condition, told that the step leads to r where it is told that at all."""
+
+        def predict(x_t: Tensor, t: Tensor, *, to: Prediction = Prediction.X0) -> Tensor:
+            toward = at(r, x_t) if self.step_rule == FLOW_MAP else None
+            return self.denoiser(x_t, t, cond, to=to, toward=toward)
+
+        return predict

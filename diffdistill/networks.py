@@ -32,7 +32,7 @@ from diffdistill.config import (
 )
 from diffdistill.denoiser import Backbone, Denoiser
 from diffdistill.evaluation.sampling import evaluating
-from diffdistill.generator import GENERATOR, Generator, Sampler
+from diffdistill.generator import FLOW_MAP, GENERATOR, Generator, Sampler
 from diffdistill.memory import memory_for
 from diffdistill.method import Weights
 from diffdistill.process import VE, VP, Process, Rectified, Trig
@@ -41,6 +41,7 @@ from diffdistill.solvers import at
 from diffdistill.teacher import Teacher
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of parameters; bf16 is autocast
+TOLD = "backbone.span."  # begins the names of what tells a network how far a flow map leads
 HUB = "hub:"  # begins a teacher.path that is downloaded, so that a mistyped folder never reaches the network
 
 
@@ -167,20 +168,42 @@ def _starting_network(config: Config, device: torch.device | str) -> tuple[Denoi
     elif config.teacher is not None:
         model, meaning = teacher_denoiser(config.teacher, checkpointing=checkpointing, device=device)
     elif (Path(wanted.init_from) / MEANING).is_file():
-        return read_denoiser(Path(wanted.init_from), checkpointing=checkpointing, device=device)
+        model, meaning = read_denoiser(Path(wanted.init_from), checkpointing=checkpointing, device=device)
+        if wanted.step_rule == FLOW_MAP:
+            tell_spans(model, config.seed)
+        return model, meaning
     else:
         raise ConfigError(
             "nothing to start from: give teacher.path, generator.network with generator.denoiser, or the folder of a "
             "denoiser as generator.init_from"
         )
+    if wanted.step_rule == FLOW_MAP:
+        tell_spans(model, config.seed)
     if wanted.init_from and torch.device(device) != META:
         source, parameters = Path(wanted.init_from), dict(model.named_parameters())
         if (source / MEANING).is_file():
             stored = {name: value.detach() for name, value in read_denoiser(source)[0].named_parameters()}
+            if not any(name.startswith(TOLD) for name in stored):  # a denoiser's weights, for a flow map to begin with
+                parameters = {name: value for name, value in parameters.items() if not name.startswith(TOLD)}
             checkpoint.fill(parameters, stored, source=source)
         elif not _holds_several(source):
             checkpoint.initialise(parameters, source, player=GENERATOR, weights=wanted.init_weights)
     return model, meaning
+
+
+def tell_spans(model: Denoiser, seed: int) -> None:
+    """The denoiser's network is told from here on where a flow map leads, which at first makes no difference to it.
+
+    Raises:
+        ConfigError: it cannot be told.
+    """
+    if model.backbone.span is None:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            try:
+                model.backbone.tell_spans()
+            except ValueError as error:
+                raise ConfigError(f"generator.step_rule={FLOW_MAP}: {error}") from error
 
 
 def start_parts(config: Config, sampler: Sampler) -> None:

@@ -120,15 +120,16 @@ class SlotDropout(nn.Module):
 
 @contextmanager
 def drawn_from(dropouts: Iterable[SlotDropout], rng: Rng):
-    """Within the block, these drop, with masks from `rng`."""
+    """Within the block, these drop, with masks from `rng`; after it, as they did before."""
     dropouts = list(dropouts)
+    before = [dropout.rng for dropout in dropouts]
     for dropout in dropouts:
         dropout.rng = rng
     try:
         yield
     finally:
-        for dropout in dropouts:
-            dropout.rng = None
+        for dropout, earlier in zip(dropouts, before, strict=True):
+            dropout.rng = earlier
 
 
 def replace_dropout(module: nn.Module) -> list[SlotDropout]:
@@ -146,4 +147,9 @@ def replace_dropout(module: nn.Module) -> list[SlotDropout]:
                     f"{path}.{name} is a {type(part).__name__}, whose masks depend on rank and batch; "
                     "use nn.Dropout, or set its probability to 0"
                 )
+    return slot_dropouts(module)
+
+
+def slot_dropouts(module: nn.Module) -> list[SlotDropout]:
+    """Those in the module with a positive probability."""
     return [part for part in module.modules() if isinstance(part, SlotDropout) and part.probability > 0]

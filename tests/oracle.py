@@ -175,7 +175,8 @@ class Oracle(Backbone):
         law: of the data. Labels k < K mean its part k alone, label K the whole mixture.
         process, source: what its inputs and outputs mean.
         scaled: its inputs come divided by their standard deviation.
-        answer: "denoiser" for E[x0 | x_t], "consistency" for the PF-ODE's end.
+        answer: "denoiser" for E[x0 | x_t], "consistency" for the PF-ODE's end, "flow_map" for the mean velocity over
+            the span that it is told, as the x0 to which it leads.
     """
 
     def __init__(self, law: Mixture, process: Process, source: Prediction, *, scaled=False, answer="denoiser"):
@@ -185,6 +186,11 @@ class Oracle(Backbone):
         self.num_classes = len(law.weights)
         self.calls = 0
         self.entrance = nn.Identity()  # a place to tap
+        if answer == "flow_map":
+            self.tell_spans()
+
+    def tell_spans(self) -> None:
+        self.span = nn.Identity()
 
     def forward(self, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
         self.calls += 1
@@ -196,7 +202,16 @@ class Oracle(Backbone):
             x0 = self.law.consistency(x, alpha, sigma)
         else:
             x0 = self.law.denoise(x, alpha, sigma, self._log_weights(cond, len(x)))
+        if self.answer == "flow_map" and "span" in cond:
+            x0 = torch.where(cond["span"][:, None] > 0, self._leap(x, alpha, sigma, cond["span"].double()), x0)
         return meaning(self.source, x0, x, t, self.process).to(dtype)
+
+    def _leap(self, x: Tensor, alpha: Tensor, sigma: Tensor, span: Tensor) -> Tensor:
+        """x_t - t u at x_t = x / (alpha + sigma) of the rectified flow, u the mean velocity from t to t - span."""
+        t = sigma / (alpha + sigma)
+        r, x = t - span, x / (alpha + sigma)[:, None]
+        u = (x - self.law.flow(x, (1 - t, t), (1 - r, r))) / torch.where(span > 0, span, 1.0)[:, None]
+        return x - t[:, None] * u
 
     def _log_weights(self, cond: Condition, number: int) -> Tensor:
         log_weights = self.law.weights.log().expand(number, -1)

@@ -19,10 +19,12 @@ def rng(*key, slots=4):
     return Rng((0, *key), range(slots), dtype=float64)
 
 
-def network(process) -> Denoiser:
+def network(process, *, rule="") -> Denoiser:
     torch.manual_seed(0)
-    backbone = MLP(width=16, depth=2).double()
+    backbone = MLP(width=16, depth=2, spans=rule == "flow_map").double()
     torch.nn.init.normal_(backbone.leave.weight)
+    if backbone.span is not None:
+        torch.nn.init.normal_(backbone.span.leave.weight, std=0.2)
     return Denoiser(backbone, process, Prediction.F, clock="log_ratio", scale_input=True)
 
 
@@ -31,7 +33,7 @@ def test_bad_grids_are_refused_by_name():
     for grid in ((), (0.5, 0.5), (0.5, 0.7), (1.2, 0.5), (1.0, 0.0), (1.0, -0.5)):
         with pytest.raises(ValueError, match=r"generator\.grid"):
             Generator(model, grid)
-    with pytest.raises(ValueError, match="step_rule must be one of renoise, euler, ddim, heun, got 'jump'"):
+    with pytest.raises(ValueError, match="step_rule must be one of renoise, flow_map, euler, ddim, heun, got 'jump'"):
         Generator(model, (1.0,), step_rule="jump")
 
 
@@ -43,12 +45,17 @@ def test_the_prior_is_pure_noise_of_the_first_time(process):
     assert x.std().item() == pytest.approx(process.terminal_std, rel=0.05)  # 8192 draws: 0.8 percent
 
 
+def to_the_data(rule: str) -> torch.Tensor | None:
+    """What the last evaluation under a rule is told of where it leads."""
+    return torch.zeros(4, dtype=float64) if rule == "flow_map" else None
+
+
 @pytest.mark.parametrize("rule", STEP_RULES)
 def test_one_time_is_the_one_step_path_bit_for_bit(rule):
     process = VE()
-    one, many = (Generator(network(process), grid, step_rule=rule) for grid in ((80.0,), (80.0, 5.0, 1.0)))
+    one, many = (Generator(network(process, rule=rule), grid, step_rule=rule) for grid in ((80.0,), (80.0, 5.0, 1.0)))
     x = one.prior(rng("x"))
-    direct = one.denoiser(x, torch.full((4,), 80.0, dtype=float64))
+    direct = one.denoiser(x, torch.full((4,), 80.0, dtype=float64), toward=to_the_data(rule))
     assert torch.equal(one.sample(x, None, rng("s")), direct)
     assert torch.equal(one.rollout(x, None, rng("r"), stop=0), direct)
     assert torch.equal(
@@ -74,7 +81,7 @@ def test_renoising_is_predict_then_perturb_with_fresh_noise(process):
 def test_no_gradient_comes_from_before_the_stop(rule):
     """The last evaluation alone carries gradient: as if its input were a constant."""
     process = VE()
-    generator = Generator(network(process), (80.0, 5.0, 1.0), step_rule=rule)
+    generator = Generator(network(process, rule=rule), (80.0, 5.0, 1.0), step_rule=rule)
     parameters = list(generator.denoiser.parameters())
     x = generator.prior(rng("x")).requires_grad_(True)
     for stop in range(3):
@@ -89,7 +96,7 @@ def test_no_gradient_comes_from_before_the_stop(rule):
         hook.remove()
         t = torch.full((4,), generator.grid[stop], dtype=float64)
         scale = (0.25 + t**2).sqrt()[:, None]
-        alone = generator.denoiser(seen[-1].detach() * scale, t)
+        alone = generator.denoiser(seen[-1].detach() * scale, t, toward=to_the_data(rule))
         expected = torch.autograd.grad(alone.square().sum(), parameters, allow_unused=True)
         for ours, theirs in zip(gradients[:-1], expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)

@@ -17,6 +17,7 @@ from diffdistill.backbones.scheduler import meaning
 from diffdistill.denoiser import Backbone
 
 MEANING, NETWORK = "denoiser.json", "network"
+SPAN = "span.safetensors"  # beside a network of diffusers that is told spans: what tells it
 COMPONENTS = ("unet", "transformer")  # names that pipelines give to their network
 META = torch.device("meta")  # shapes without numbers: what `check` plans memory on
 
@@ -52,7 +53,10 @@ def read_backbone(
     if torch.device(device) == META:
         options = {key: value for key, value in config.items() if not key.startswith("_")}
         with META:
-            return make_backbone(name, options, null_label=null_label, checkpointing=checkpointing)
+            backbone = make_backbone(name, options, null_label=null_label, checkpointing=checkpointing)
+            if (folder / SPAN).is_file():
+                backbone.tell_spans()
+        return backbone
     if name == "MLP":
         return _read_mlp(folder, config).to(device)
     kind = _diffusers_class(name, str(folder / "config.json"))
@@ -92,8 +96,16 @@ def read_backbone(
         # Weights mapped from a file start anywhere, and unaligned ones give other last bits than the same weights do
         # after training or resuming (1e-6 through a small UNet).
         tensor.data = tensor.data.clone()
-    network = network.to(device)
-    return DiffusersBackbone(network, null_label=null_label, gradient_checkpointing=checkpointing)
+    backbone = DiffusersBackbone(network, null_label=null_label, gradient_checkpointing=checkpointing)
+    if (folder / SPAN).is_file():
+        backbone.tell_spans()
+        try:
+            weights = {name: tensor.float() for name, tensor in load_file(folder / SPAN).items()}
+            backbone.span.load_state_dict(weights)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{folder / SPAN} could not be read: {reason}; restore the folder") from error
+    return backbone.to(device)
 
 
 def read_diffusers(
@@ -145,6 +157,8 @@ def write_backbone(backbone: Backbone, folder: Path, *, half: bool) -> None:
     network.save_config(folder)
     name = "diffusion_pytorch_model.fp16.safetensors" if half else "diffusion_pytorch_model.safetensors"
     save_file(_weights(network, half), folder / name, metadata={"format": "pt"})
+    if backbone.span is not None:
+        save_file(_weights(backbone.span, half), folder / SPAN)
 
 
 def _weights(module: nn.Module, half: bool) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from diffdistill.backbones.diffusers import DiffusersBackbone
 from diffdistill.denoiser import Denoiser
-from diffdistill.generator import Generator
+from diffdistill.generator import FLOW_MAP, Generator
 from diffdistill.process import VE, Process, Rectified
 
 
@@ -135,7 +135,16 @@ def request(generator: Generator, vae: nn.Module | None, dtype: torch.dtype) -> 
         f"the generator speaks {denoiser.process} and its network {denoiser.native}, and stock pipelines know one; "
         "make a Generator of the denoiser in its native process, on a grid mapped by native.time_of(process.ratio(t))",
     )
-    denoiser = copy.deepcopy(denoiser).to("cpu", torch.float32).eval()
+    denoiser, step_rule = copy.deepcopy(denoiser).to("cpu", torch.float32).eval(), generator.step_rule
+    if backbone.span is not None:
+        require(
+            step_rule != FLOW_MAP or len(generator.grid) == 1,
+            f"the network is told where each of its {len(generator.grid)} steps leads, and stock pipelines tell it the "
+            "time alone; export it with a grid of one time, where that is always the same",
+        )
+        first = generator.grid[0]
+        denoiser = denoiser.told_once(first, 0.0 if step_rule == FLOW_MAP else first).eval()
+        step_rule = "renoise" if step_rule == FLOW_MAP else step_rule  # of one step all rules are one
     network = denoiser.backbone.network
     weights = {
         name: tensor.to(dtype).to(torch.float32) if tensor.is_floating_point() else tensor
@@ -150,5 +159,5 @@ def request(generator: Generator, vae: nn.Module | None, dtype: torch.dtype) -> 
     with torch.random.fork_rng(devices=[]):
         fresh = type(network).from_config(network.config)  # whatever training put inside, e.g. its dropout, stays out
     fresh.load_state_dict(weights)
-    ours = Generator(denoiser, generator.grid, step_rule=generator.step_rule)
+    ours = Generator(denoiser, generator.grid, step_rule=step_rule)
     return Request(ours, fresh.eval(), vae)

@@ -3,10 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
-from diffdistill.denoiser import Condition
+from diffdistill.denoiser import Condition, either
 from diffdistill.losses import denoising
 from diffdistill.method import Batch, Loss, Method, MethodConfig, Networks, PlayerSpec, Term, Update
 from diffdistill.prediction import Prediction
@@ -57,10 +54,5 @@ class Denoise(Method):
 
     def _dropped(self, cond: Condition, rng: Rng) -> Condition:
         """`cond` with some samples' entries replaced by the null condition."""
-        null = self.generator.denoiser.backbone.null(cond)
         drop = rng.uniform() < self.config.condition_dropout
-
-        def pick(kept: Tensor, dropped: Tensor) -> Tensor:
-            return torch.where(drop.reshape(-1, *[1] * (kept.ndim - 1)), dropped, kept)
-
-        return {name: pick(cond[name], null[name]) for name in cond}
+        return either(drop, self.generator.denoiser.backbone.null(cond), cond)
