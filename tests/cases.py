@@ -17,7 +17,7 @@ from diffdistill.data import SomeLabels, Stream, Streams
 from diffdistill.data.pairs import Pairs
 from diffdistill.denoiser import Denoiser
 from diffdistill.distances import Absolute, Lpips, PseudoHuber, Squared
-from diffdistill.generator import Generator
+from diffdistill.generator import FLOW_MAP, Generator
 from diffdistill.method import Method, Networks, PlayerSpec, Sample, Source, Weights
 from diffdistill.methods import METHODS
 from diffdistill.methods.consistency import Consistency
@@ -38,7 +38,7 @@ from diffdistill.time_pairs import (
     LogNormalPairs,
     UniformPairs,
 )
-from diffdistill.times import UShaped
+from diffdistill.times import LogNormal, UShaped
 from diffdistill.trainer import Schedule, Trainer
 
 NUM_CLASSES = 3
@@ -132,6 +132,8 @@ class Case:
 
     def _denoiser(self, dtype: torch.dtype) -> Denoiser:
         backbone = self.backbone()
+        if self.step_rule == FLOW_MAP:
+            backbone.tell_spans()
         for parameter in backbone.parameters():  # some layers start at zero, where a wrong gradient would not show
             nn.init.normal_(parameter, std=0.2)
         return Denoiser(backbone, VE(sigma_max=20.0), Prediction.F, clock="edm", scale_input=True).to(dtype)
@@ -217,6 +219,9 @@ CASES: dict[str, Case] = {
         },
         guidance=1.0,
     ),
+    "mean_flow": Case("mean_flow", {"far": 0.5}, step_rule="flow_map"),
+    "mean_flow-unet": Case("mean_flow", {"far": 0.5}, unet, (20.0,), "flow_map", 1.0),
+    "mean_flow_training": Case("mean_flow_training", {"ends": LogNormal(-4.0, 1.6), "far": 0.75}, step_rule="flow_map"),
     "multi_student": Case(
         "multi_student", {"students": 2, "inside": DMD2.Config(ratio=2, gan_weight=0.1, gan_critic_weight=0.1)}
     ),
@@ -260,6 +265,8 @@ CASES: dict[str, Case] = {
     ),
     "score_matching": Case("score_matching", {}, guidance=1.5),
     "sct": Case("sct", {"warmup_steps": 4, "tangents": Semi(), "prior": True, "normalisation": "clip"}),
+    "shortcut": Case("shortcut", {"levels": 3, "bootstrap": 0.5, "target_decay": 0.8}, step_rule="flow_map"),
+    "shortcut-by-itself": Case("shortcut", {"target_decay": 0.0, "clip": 4.0}, grid=(20.0,), step_rule="flow_map"),
     "sid": Case("sid", {"alpha": 1.2}, grid=(2.5,)),
     "sim": Case("sim", {"ratio": 2}),
     "uni_instruct": Case("uni_instruct", {"divergence": "jensen_shannon"}, grid=(20.0,), trunk="teacher"),

@@ -10,6 +10,7 @@ from diffdistill.methods.dmd import DMD
 from diffdistill.methods.dmd2 import DMD2
 from diffdistill.methods.f_distill import FDistill
 from diffdistill.methods.ladd import LADD
+from diffdistill.methods.mean_flow import MeanFlow, MeanFlowTraining
 from diffdistill.methods.multi_student import MultiStudent
 from diffdistill.methods.phased_dmd import PhasedDMD
 from diffdistill.methods.rcm import RCM
@@ -18,6 +19,7 @@ from diffdistill.methods.reflow_distill import ReflowDistill
 from diffdistill.methods.scm import SCM
 from diffdistill.methods.score_matching import ScoreMatching
 from diffdistill.methods.sct import SCT
+from diffdistill.methods.shortcut import Shortcut
 from diffdistill.methods.sid import SiD
 from diffdistill.methods.sim import SIM
 from diffdistill.methods.uni_instruct import UniInstruct
@@ -33,6 +35,8 @@ METHODS: dict[str, type[Method]] = {
     "dmd2": DMD2,
     "f_distill": FDistill,
     "ladd": LADD,
+    "mean_flow": MeanFlow,
+    "mean_flow_training": MeanFlowTraining,
     "multi_student": MultiStudent,
     "phased_dmd": PhasedDMD,
     "rcm": RCM,
@@ -41,6 +45,7 @@ METHODS: dict[str, type[Method]] = {
     "scm": SCM,
     "score_matching": ScoreMatching,
     "sct": SCT,
+    "shortcut": Shortcut,
     "sid": SiD,
     "sim": SIM,
     "uni_instruct": UniInstruct,
