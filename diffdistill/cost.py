@@ -55,6 +55,8 @@ class Sketch:
     """A recipe's method on toy networks: its grid, guidance and trunk, and the teacher's shape for every network."""
 
     def __init__(self, config: Config):
+        if getattr(config.method, "flip", False):  # points have no left and right
+            config = replace(config, method=replace(config.method, flip=False))
         self.config, self.passes, self._denoisers = config, dict[str, Passes](), list[Denoiser]()
         grid = config.generator.grid
         first = VE().t_max if isinstance(grid, StepsConfig) else grid[0]
