@@ -10,7 +10,7 @@ import pytest
 import torch
 from oracle import Quadrature
 from test_dmd2 import DATA, FAKE, GAN, MU, SD, A, M, backward, batch, gradients, rng, touched, toy
-from test_score import ANY_RATIO, DEFINITIONS, SCORE_METHODS, closed_sid, exact, gradient, matched
+from test_score import ALONE, ANY_RATIO, DEFINITIONS, SCORE_METHODS, closed_sid, exact, gradient, matched
 from torch import nn
 
 from diffdistill.divergences import DIVERGENCES, Divergence
@@ -154,7 +154,7 @@ def test_the_gradient_vanishes_where_the_generator_has_the_teachers_law_at_every
         assert matched(exact(name, m=MU, a=SD, same=True, sigma=sigma)) == pytest.approx((0, 0), abs=1e-11)
 
 
-DETACHED = {"dmd", "dmd2", "diff_instruct", "f_distill"}
+DETACHED = {"dmd", "dmd2", "diff_instruct", "f_distill", "rcm"}
 NEEDS_GAN = {"f_distill", "uni_instruct"}
 
 
@@ -169,7 +169,7 @@ def network_gradients(method, value) -> torch.Tensor:
 
 def compared(name: str, **options) -> torch.Tensor:
     """The gradient of the comparison of scores alone, on real networks."""
-    config = {"regression_weight": 0.0} if name == "dmd" else GAN if name in NEEDS_GAN else {}
+    config = GAN if name in NEEDS_GAN else ALONE.get(name, {})
     method = toy(kind=METHODS[name], **{**config, **options})
     cond, draws = batch()["conditions"].cond, rng("match")
     fake = method.generator.rollout(method.generator.prior(draws), cond, draws, stop=0)
@@ -193,8 +193,7 @@ def test_guidance_alone_makes_a_gradient(name):
 
 @pytest.mark.parametrize("name", SCORE_METHODS)
 def test_the_term_of_the_generator_trains_it_alone_and_that_of_the_critic_the_critic(name):
-    config = {"regression_weight": 0.0} if name == "dmd" else {}
-    method = toy(kind=METHODS[name], **config, **GAN)
+    method = toy(kind=METHODS[name], **ALONE.get(name, {}), **GAN)
     generate, fit = method.plan(0)[0].terms
     backward(method, generate)
     assert len(touched(method.generator.denoiser)) == len(list(method.generator.denoiser.parameters()))
@@ -207,7 +206,7 @@ def test_the_term_of_the_generator_trains_it_alone_and_that_of_the_critic_the_cr
 @pytest.mark.parametrize("name", SCORE_METHODS)
 @pytest.mark.parametrize(("time_scale", "fits"), [("interleaved", 50), ("alternating", 40)])
 def test_every_method_keeps_the_published_order_of_updates(name, time_scale, fits):
-    config = {"regression_weight": 0.0} if name == "dmd" else GAN if name in NEEDS_GAN else {}
+    config = GAN if name in NEEDS_GAN else ALONE.get(name, {})
     method = toy(kind=METHODS[name], time_scale=time_scale, ratio=5, **config)
     players = [player for step in range(10) for update in method.plan(step) for player in update.players]
     assert players.count("generator") == 10 and players.count("critic") == fits
@@ -266,7 +265,7 @@ def test_uni_instruct_with_h_one_and_its_sampling_law_held_fixed_is_sid_at_one(m
 def test_both_terms_reach_the_generator_as_if_they_were_one_and_their_share_is_told(name):
     """Taken at the samples and handed on there, the gradients are those of the weighted sum, differentiated whole."""
     config = {"match_weight": 0.7, "gan_weight": 0.3, "gan_critic_weight": 0.1}
-    method = toy(kind=METHODS[name], **config, **({"regression_weight": 0.0} if name == "dmd" else {}))
+    method = toy(kind=METHODS[name], **config, **ALONE.get(name, {}))
     loss = method.plan(0)[0].terms[0].loss(batch(), rng("generator"))
     ours = network_gradients(method, loss.value.sum())
     draws, cond = rng("generator"), batch()["conditions"].cond

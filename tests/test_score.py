@@ -39,6 +39,11 @@ from diffdistill.process import VE
 from diffdistill.teacher import Teacher
 
 SCORE_METHODS = sorted(name for name, kind in METHODS.items() if issubclass(kind, ScoreMethod))
+# What leaves a method's comparison of scores, and the adversarial term, without anything beside them.
+ALONE = {
+    "dmd": {"regression_weight": 0.0},
+    "rcm": {"consistency_weight": 0.0, "score_weight": 1.0, "reduction": "mean", "drawn_steps": 0},
+}
 
 
 def exact(name: str, *, m=M, a=A, same=False, sigma=SIGMA, times=None, head=None, **config) -> ScoreMethod:
@@ -50,7 +55,7 @@ def exact(name: str, *, m=M, a=A, same=False, sigma=SIGMA, times=None, head=None
         lambda: Critic(denoiser(law, process), head=LogRatio() if head is None else head, taps=("entrance",)),
         Teacher(denoiser(DATA, process)),
     )
-    kind = METHODS[name]
+    kind, config = METHODS[name], {**ALONE.get(name, {}), **config}
     return kind(kind.Config(match_times=times, critic_times=times, **config), networks)
 
 
