@@ -117,6 +117,11 @@ def refuse_unused(config: Config) -> None:
                 f"generator.init_weights={wanted.init_weights} has no meaning: generator.init_from={wanted.init_from} "
                 "is a denoiser's folder, which holds one set of weights; leave init_weights out, or give a run"
             )
+    if wanted.guidance is not None and not getattr(config.method, "guidance_range", ()):
+        raise ConfigError(
+            f"generator.guidance={wanted.guidance} is for a network that learns a range of scales, and method {name} "
+            "as it is set learns none; give consistency a method.guidance_range, or set teacher.guidance"
+        )
     if frozen is not None and not METHODS[name].needs_teacher:
         if wanted.network is not None:
             raise ConfigError(

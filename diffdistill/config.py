@@ -6,13 +6,14 @@ from typing import Any, Literal
 
 from diffdistill.denoiser import CLOCKS
 from diffdistill.distances import DISTANCES, Distance
-from diffdistill.generator import STEP_RULES, check_descending
+from diffdistill.generator import FLOW_MAP, STEP_RULES, check_descending
 from diffdistill.player import RAW, ConstantDecay, PowerDecay
 from diffdistill.prediction import Prediction
 from diffdistill.shares import SHARES, Shares
 from diffdistill.tangents import TANGENTS, Tangents
 from diffdistill.time_pairs import LEVELS, TIME_PAIRS, Levels, TimePairs
 from diffdistill.times import TIME_SAMPLERS, TimeSampler
+from diffdistill.told import SCALE, SPAN
 
 
 class ConfigError(ValueError):
@@ -141,11 +142,17 @@ class StepsConfig:
 class GeneratorConfig:
     grid: tuple[float, ...] | StepsConfig  # times of its evaluations, descending, in its process; or {steps: 18}
     step_rule: Literal[STEP_RULES] = "renoise"  # how it gets from one time to the next
+    guidance: float | None = None  # scale it is sampled at where it learns a range, w of u + w (c - u), as LCM does
     denoiser: DenoiserConfig | None = None  # what `network` means; exactly when `network` is given
     network: NetworkConfig | None = None  # a network made anew, e.g. a smaller student; else it starts as the teacher
     init_from: str = ""  # a run, a checkpoint, or a denoiser's folder: its weights, for a new recipe
     init_weights: str = "raw"  # of a run or checkpoint: raw, or the name of one of its averages
     boundary: float = 0.0  # noise level on ve at which its x0 is its input itself, as in consistency models; 0: none
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """What its network is told besides its time and class."""
+        return (SPAN,) * (self.step_rule == FLOW_MAP) + (SCALE,) * (self.guidance is not None)
 
     def __post_init__(self):
         _not_negative(self, "boundary")

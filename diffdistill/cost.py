@@ -11,7 +11,7 @@ from diffdistill.config import Config, StepsConfig
 from diffdistill.critic import Critic, Discriminator, DiscriminatorHead
 from diffdistill.denoiser import Denoiser
 from diffdistill.distances import Lpips, Measure, Squared
-from diffdistill.generator import FLOW_MAP, Generator
+from diffdistill.generator import Generator
 from diffdistill.method import Action, Method, Networks, Sample, Term, Weights, method_of
 from diffdistill.prediction import Prediction
 from diffdistill.process import VE
@@ -132,10 +132,10 @@ class Sketch:
         return note
 
     def _generator(self) -> Generator:
-        denoiser, step_rule = self._denoiser("generator"), self.config.generator.step_rule
-        if step_rule == FLOW_MAP:
-            denoiser.backbone.tell_spans()
-        return Generator(denoiser, self._grid, step_rule=step_rule)
+        denoiser, wanted = self._denoiser("generator"), self.config.generator
+        for name in wanted.told:
+            denoiser.backbone.tell(name)
+        return Generator(denoiser, self._grid, step_rule=wanted.step_rule, guidance=wanted.guidance)
 
     def _critic(self) -> Critic:
         own = self._denoiser("critic")

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from diffdistill.prediction import Prediction, conversion, convert
 from diffdistill.process import VE, Process, lift
+from diffdistill.told import SCALE, SPAN, Told
 
 Condition = Mapping[str, Tensor]
 
@@ -32,34 +33,35 @@ class Backbone(nn.Module, ABC):
 
     sample_shape: tuple[int, ...]
     condition_names: tuple[str, ...]
-    span: nn.Module | None  # in networks that are told how far a flow map leads, what tells them
+    told: Told  # what the network is told besides its time and `condition_names`
 
     def __init__(self):
         super().__init__()
-        self.register_module("span", None)
+        self.told = Told()
 
     @abstractmethod
     def forward(self, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
         """The raw output, of the shape of x (N, *sample_shape), at the network's own time (N,).
 
-        Where the network is told spans, it finds them in cond["span"], shape (N,), and takes 0 without.
+        What the network is `told` it finds in `cond` by name, shape (N,): "span", how far a flow map leads in the time
+        of a rectified flow, 0 where it is not there, and "scale", of guidance, there 1.
         """
 
-    def tell_spans(self) -> None:
-        """From here on the network is told spans; at first they make no difference to it.
+    def tell(self, name: str) -> None:
+        """From here on the network is told "span" or "scale"; at first that makes no difference to it.
 
         Raises:
             ValueError: the adapter has no way to tell it.
         """
-        raise ValueError(f"a {type(self).__name__} cannot be told where a flow map leads")
+        raise ValueError(f"a {type(self).__name__} cannot be told its {name}")
 
-    def folded(self, span: float) -> "Backbone":
-        """A network of its own that is told no span, and equals this one at this span.
+    def folded(self, **numbers: float) -> "Backbone":
+        """A network of its own that is told nothing, and equals this one where it is told these numbers.
 
         Raises:
             ValueError: the adapter has no way to make one.
         """
-        raise ValueError(f"a {type(self).__name__} that is told spans cannot be made one that is not")
+        raise ValueError(f"a {type(self).__name__} that is told {', '.join(numbers)} cannot be made one that is not")
 
     @abstractmethod
     def null(self, cond: Condition) -> Condition:
@@ -156,11 +158,12 @@ class Denoiser(nn.Module):
         """The same network, sharing its parameters, whose x0 is its input at the noise level `boundary`."""
         return self._changed(boundary=boundary)
 
-    def told_once(self, t: float, toward: float) -> "Denoiser":
-        """A denoiser of a network of its own that is told one time, and equals this one for flow maps as long as from t
-        to `toward`."""
-        span = self._span(*(torch.tensor([time], dtype=torch.float64) for time in (t, toward)))
-        return self._changed(backbone=self.backbone.folded(span.item()))
+    def told_no_more(self, t: float, toward: float, scale: float) -> "Denoiser":
+        """A denoiser of a network of its own that is told its time alone, and equals this one for flow maps as long as
+        from t to `toward`, and for guidance at that scale."""
+        span = self._span(*(torch.tensor([time], dtype=torch.float64) for time in (t, toward))).item()
+        numbers = {SPAN: span, SCALE: scale}
+        return self._changed(backbone=self.backbone.folded(**{name: numbers[name] for name in self.backbone.told}))
 
     def _changed(self, *, backbone: Backbone | None = None, **changes) -> "Denoiser":
         kept = {"scale_input": self.scale_input, "process": self.process, "boundary": self.boundary}
@@ -188,7 +191,9 @@ class Denoiser(nn.Module):
         """
         native = self.native
         if toward is not None:
-            cond = {**(cond or {}), "span": self._span(t, toward).to(x_t.dtype)}
+            if SPAN not in self.backbone.told:
+                raise ValueError("the network is not told where a flow map leads; Backbone.tell changes that")
+            cond = {**(cond or {}), SPAN: self._span(t, toward).to(x_t.dtype)}
         if native is self.process and not self.boundary:
             return convert(self._network(x_t, t, cond), x_t, t, native, source=self.source, to=to)
         time = native.time_of(self.process.ratio(t))
@@ -227,8 +232,6 @@ class Denoiser(nn.Module):
 
     def _span(self, t: Tensor, toward: Tensor) -> Tensor:
         """t - toward in the time of a rectified flow."""
-        if self.backbone.span is None:
-            raise ValueError("the network is not told where a flow map leads; Backbone.tell_spans() changes that")
         here, there = (self.process.sigma(s) / (self.process.alpha(s) + self.process.sigma(s)) for s in (t, toward))
         return here - there
 

@@ -12,6 +12,7 @@ from diffdistill.prediction import Prediction
 from diffdistill.process import Process, lift
 from diffdistill.rng import Rng
 from diffdistill.solvers import SOLVERS, Predict, at, solve
+from diffdistill.told import SCALE, SPAN
 
 FLOW_MAP = "flow_map"
 STEP_RULES = ("renoise", FLOW_MAP, *SOLVERS)
@@ -67,9 +68,12 @@ class Generator(Sampler):
             DMD sampling). "euler", "ddim", "heun": follow the PF-ODE. The last evaluation gives the predicted x0, which
             on VE and Rectified is Euler's step to the data. "flow_map": the network is told where each step leads, and
             leaps there.
+        guidance: the scale, w of u + w (c - u), that a network is told which learnt to be guided.
     """
 
-    def __init__(self, denoiser: Denoiser, grid: Sequence[float], *, step_rule: str = "renoise"):
+    def __init__(
+        self, denoiser: Denoiser, grid: Sequence[float], *, step_rule: str = "renoise", guidance: float | None = None
+    ):
         grid = tuple(float(t) for t in grid)
         process = denoiser.process
         check_descending(grid)
@@ -77,12 +81,18 @@ class Generator(Sampler):
             raise ValueError(f"generator.grid must lie in (0, {process.t_max:g}], the times of {process}, got {grid}")
         if step_rule not in STEP_RULES:
             raise ValueError(f"generator.step_rule must be one of {', '.join(STEP_RULES)}, got {step_rule!r}")
-        if step_rule == FLOW_MAP and denoiser.backbone.span is None:
+        told = denoiser.backbone.told
+        if step_rule == FLOW_MAP and SPAN not in told:
             raise ValueError(
-                f"generator.step_rule={FLOW_MAP} needs a network that is told where a step leads; make it one by "
-                "Backbone.tell_spans()"
+                f"generator.step_rule={FLOW_MAP} needs a network that is told where a step leads; Backbone.tell makes "
+                "it one"
             )
-        self._denoiser, self.grid, self.step_rule = denoiser, grid, step_rule
+        if (guidance is None) == (SCALE in told):
+            raise ValueError(
+                f"generator.guidance={guidance} is the scale that the network is told, and this one is told "
+                f"{'one' if SCALE in told else 'none'}; {'give it' if SCALE in told else 'leave it out'}"
+            )
+        self._denoiser, self.grid, self.step_rule, self.guidance = denoiser, grid, step_rule, guidance
         self._prior_std = process.prior_std(grid[0])  # once: reading a number of a tensor waits for it
         # where predictions of x0 lie: at the data, or at a consistency function's boundary, whose noise they keep
         self._end = process.time_of(torch.tensor([denoiser.boundary], dtype=torch.float64)).item()
@@ -124,7 +134,7 @@ class Generator(Sampler):
     def _step(self, x: Tensor, t: float, r: float, cond: Condition | None, rng: Rng) -> Tensor:
         """The state at r from the state at t."""
         if self.step_rule == "renoise":
-            x0 = self.denoiser(x, at(t, x), cond)
+            x0 = self._predictor(cond, r)(x, at(t, x))
             _, added = self.process.transition(at(self._end, x), at(r, x))
             return lift(self.process.alpha(at(r, x)), x) * x0 + lift(added, x) * rng.normal(x.shape[1:])
 
@@ -132,10 +142,12 @@ class Generator(Sampler):
         return solve(self._predictor(cond, r), self.process, x, (t, r), solver=solver)
 
     def _predictor(self, cond: Condition | None, r: float) -> Predict:
-        """The denoiser under its condition, told that the step leads to r where it is told that at all."""
+        """The denoiser under its condition, told that the step leads to r, and the scale, where it is told these."""
+        scale = self.guidance
 
         def predict(x_t: Tensor, t: Tensor, *, to: Prediction = Prediction.X0) -> Tensor:
             toward = at(r, x_t) if self.step_rule == FLOW_MAP else None
-            return self.denoiser(x_t, t, cond, to=to, toward=toward)
+            under = cond if scale is None else {**(cond or {}), SCALE: x_t.new_full((len(x_t),), scale)}
+            return self.denoiser(x_t, t, under, to=to, toward=toward)
 
         return predict

@@ -32,7 +32,7 @@ from diffdistill.config import (
 )
 from diffdistill.denoiser import Backbone, Denoiser
 from diffdistill.evaluation.sampling import evaluating
-from diffdistill.generator import FLOW_MAP, GENERATOR, Generator, Sampler
+from diffdistill.generator import GENERATOR, Generator, Sampler
 from diffdistill.memory import memory_for
 from diffdistill.method import Weights
 from diffdistill.process import VE, VP, Process, Rectified, Trig
@@ -41,7 +41,7 @@ from diffdistill.solvers import at
 from diffdistill.teacher import Teacher
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of parameters; bf16 is autocast
-TOLD = "backbone.span."  # begins the names of what tells a network how far a flow map leads
+TOLD = "backbone.told."  # begins the names of the weights that tell a network more than its time
 HUB = "hub:"  # begins a teacher.path that is downloaded, so that a mistyped folder never reaches the network
 
 
@@ -169,21 +169,19 @@ def _starting_network(config: Config, device: torch.device | str) -> tuple[Denoi
         model, meaning = teacher_denoiser(config.teacher, checkpointing=checkpointing, device=device)
     elif (Path(wanted.init_from) / MEANING).is_file():
         model, meaning = read_denoiser(Path(wanted.init_from), checkpointing=checkpointing, device=device)
-        if wanted.step_rule == FLOW_MAP:
-            tell_spans(model, config.seed)
+        tell(model, config)
         return model, meaning
     else:
         raise ConfigError(
             "nothing to start from: give teacher.path, generator.network with generator.denoiser, or the folder of a "
             "denoiser as generator.init_from"
         )
-    if wanted.step_rule == FLOW_MAP:
-        tell_spans(model, config.seed)
+    tell(model, config)
     if wanted.init_from and torch.device(device) != META:
         source, parameters = Path(wanted.init_from), dict(model.named_parameters())
         if (source / MEANING).is_file():
             stored = {name: value.detach() for name, value in read_denoiser(source)[0].named_parameters()}
-            if not any(name.startswith(TOLD) for name in stored):  # a denoiser's weights, for a flow map to begin with
+            if not any(name.startswith(TOLD) for name in stored):  # the weights of a network that was told less
                 parameters = {name: value for name, value in parameters.items() if not name.startswith(TOLD)}
             checkpoint.fill(parameters, stored, source=source)
         elif not _holds_several(source):
@@ -191,19 +189,13 @@ def _starting_network(config: Config, device: torch.device | str) -> tuple[Denoi
     return model, meaning
 
 
-def tell_spans(model: Denoiser, seed: int) -> None:
-    """The denoiser's network is told from here on where a flow map leads, which at first makes no difference to it.
-
-    Raises:
-        ConfigError: it cannot be told.
-    """
-    if model.backbone.span is None:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            try:
-                model.backbone.tell_spans()
-            except ValueError as error:
-                raise ConfigError(f"generator.step_rule={FLOW_MAP}: {error}") from error
+def tell(model: Denoiser, config: Config) -> None:
+    """The denoiser's network is told from here on what the generator of a config is to be told besides its time: where
+    a flow map leads, and the scale of guidance. At first it makes no difference to it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        for name in config.generator.told:
+            model.backbone.tell(name)
 
 
 def start_parts(config: Config, sampler: Sampler) -> None:
@@ -237,7 +229,8 @@ def generator(config: Config, model: Denoiser) -> Generator:
     """The denoiser with the times and the step rule of the config."""
     grid = config.generator.grid
     grid = model.process.grid(grid.steps) if isinstance(grid, StepsConfig) else grid
-    return Generator(model, grid, step_rule=config.generator.step_rule)
+    wanted = config.generator
+    return Generator(model, grid, step_rule=wanted.step_rule, guidance=wanted.guidance)
 
 
 def teacher(config: Config, device: torch.device) -> Teacher:

@@ -91,13 +91,18 @@ class Case:
     guidance: float = 2.0
     taps: tuple[str, ...] = ("layers.0", "layers.1")
     trunk: str = "critic"
+    told_guidance: float | None = None
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        return ("span",) * (self.step_rule == FLOW_MAP) + ("scale",) * (self.told_guidance is not None)
 
     def make(self, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Method:
         """The method with networks of random weights."""
         kind = METHODS[self.method]
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            first, second = self._denoiser(dtype), self._denoiser(dtype)
+            first, second = self._denoiser(dtype, self.told), self._denoiser(dtype)
             head = None
             if kind.discriminates(kind.Config(**self.options)):
                 x = torch.zeros(1, *second.sample_shape, dtype=dtype)
@@ -108,7 +113,7 @@ class Case:
             teacher = Teacher(self._denoiser(dtype), guidance=self.guidance)
         trunk = teacher.denoiser if self.trunk == "teacher" else None
         networks = Networks(
-            lambda: Generator(copy.deepcopy(first), self.grid, step_rule=self.step_rule),
+            lambda: Generator(copy.deepcopy(first), self.grid, step_rule=self.step_rule, guidance=self.told_guidance),
             lambda: Critic(
                 copy.deepcopy(second),
                 head=copy.deepcopy(head),
@@ -130,10 +135,10 @@ class Case:
                 nn.init.normal_(head.heads[0][-1].weight, std=5.0)
         return Discriminator(heads, taps=self.taps, trunk=trunk)
 
-    def _denoiser(self, dtype: torch.dtype) -> Denoiser:
+    def _denoiser(self, dtype: torch.dtype, told: tuple[str, ...] = ()) -> Denoiser:
         backbone = self.backbone()
-        if self.step_rule == FLOW_MAP:
-            backbone.tell_spans()
+        for name in told:
+            backbone.tell(name)
         for parameter in backbone.parameters():  # some layers start at zero, where a wrong gradient would not show
             nn.init.normal_(parameter, std=0.2)
         return Denoiser(backbone, VE(sigma_max=20.0), Prediction.F, clock="edm", scale_input=True).to(dtype)
@@ -178,6 +183,9 @@ CASES: dict[str, Case] = {
     "consistency": Case("consistency", {"pairs": UniformPairs(FixedLevels(6)), "target_decay": 0.8}),
     "consistency-guided": Case(
         "consistency", {"solver": "ddim", "guidance_range": (1.5, 3.0), "distance": Absolute()}, grid=(20.0,)
+    ),
+    "consistency-told-its-scale": Case(
+        "consistency", {"solver": "euler", "guidance_range": (1.5, 3.0), "target_decay": 0.8}, told_guidance=2.0
     ),
     "consistency_training": Case("consistency_training", {"pairs": ContinuousPairs(stage_steps=4)}),
     "consistency_training-annealed": Case(

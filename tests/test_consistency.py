@@ -8,9 +8,10 @@ import pytest
 import torch
 from cases import CASES, make_trainer
 from oracle import Affine, Quadrature, denoiser, finite_set, gaussian, point_mass, processes
-from test_dmd2 import CORNERS, assert_reaches_the_law, distilled, start, train  # noqa: F401  start is a fixture
+from test_dmd2 import CORNERS, Batched, assert_reaches_the_law, distilled, start, train  # noqa: F401  start is a fixture
 from torch import Tensor, nn
 
+from diffdistill.backbones.mlp import MLP
 from diffdistill.denoiser import Backbone, Denoiser
 from diffdistill.distances import Absolute, PseudoHuber, Squared
 from diffdistill.generator import Generator
@@ -55,7 +56,7 @@ class Exact(ConsistencyMethod):
 
     reference, needs_teacher = "none", False
 
-    def earlier(self, x_t, x0, eps, pair, cond, rng):
+    def earlier(self, x_t, x0, eps, pair, cond, guidance):
         process = self.generator.process
         first, last = ((process.alpha(t), process.sigma(t)) for t in (pair.t, pair.r))
         return LAW.flow(x_t, first, last)
@@ -340,7 +341,7 @@ def test_only_the_value_at_t_has_a_graph(name, tmp_path):
     process, x0 = made.generator.process, batch["images"].x0
     pair, eps = made.config.pairs(rng.uniform(), process, 0), rng.normal((2,))
     x_t = process.perturb(x0, eps, pair.t)
-    x_r = made.earlier(x_t, x0, eps, pair, batch["images"].cond, rng).detach()
+    x_r = made.earlier(x_t, x0, eps, pair, batch["images"].cond, made.guidance(rng)).detach()
     constant = made._value_at_r(x_r, pair, batch["images"].cond, rng).detach()
     far = made._distance(made.generator.denoiser(x_t, pair.t, batch["images"].cond), constant)
     (made._weight(pair) * far).sum().backward()
@@ -425,6 +426,68 @@ def test_steps_of_the_exact_function_have_the_known_moments():
     assert (weights * (x - mean) ** 2).sum() == pytest.approx(variance, rel=1e-12)
 
 
+def told(*, guidance=2.0, grid=(80.0,), **config) -> Consistency:
+    """LCM's student: its network is told the scale of guidance."""
+    torch.manual_seed(3)
+    network = MLP(width=64, depth=2, num_classes=3, told=["scale"]).double()
+    process = VE(sigma_min=0.02, sigma_max=grid[0], sigma_data=1.0)
+    student = Denoiser(network, process, Prediction.F, clock="log_ratio", scale_input=True)
+    networks = Networks(lambda: Generator(student, grid, guidance=guidance), None, Teacher(denoiser(CORNERS, process)))
+    return Consistency(Consistency.Config(**config), networks)
+
+
+def test_the_network_is_told_the_scale_by_which_its_teacher_is_guided():
+    """LCM: one scale a sample for the teacher's step, the value at t and its target."""
+    made = told(guidance_range=(1.0, 3.0), pairs=UniformPairs(FixedLevels(6)), solver="ddim", distance=Squared())
+    seen = []
+    made.generator.denoiser.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]["scale"]))
+    x0, cond = CORNERS.sample(NUMBER), {"label": draws().integers(3)}
+    (term,) = made.plan(0)[0].terms
+    value = term.loss({"images": Sample(x0=x0, cond=cond)}, draws()).value
+    rng = draws()
+    pair, eps = made.config.pairs(rng.uniform(), made.generator.process, 0), rng.normal((2,))
+    scale = 1 + 2 * rng.uniform()
+    assert len(seen) == 2 and all(torch.equal(each, scale) for each in seen)
+    x_t, model = made.generator.process.perturb(x0, eps, pair.t), made.generator.denoiser
+    with torch.no_grad():
+        x_r = made.teacher.solve(x_t, (pair.t, pair.r), cond, solver="ddim", guidance=scale)
+        under = {**cond, "scale": scale}
+        target = torch.where(pair.ends[:, None], x_r, model(x_r, pair.r, under))
+        expected = (model(x_t, pair.t, under) - target).square().mean(1)
+    torch.testing.assert_close(value.detach(), expected, rtol=1e-12, atol=0)
+
+
+def test_one_network_learns_every_scale():
+    """Its samples move with the scale as far as the teacher's do from the same noise."""
+    made = told(grid=(10.0,), guidance_range=(1.0, 3.0), pairs=UniformPairs(FixedLevels(18)), distance=Squared())
+    parameters = list(made.generator.denoiser.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0, foreach=True)
+    steps = 1500
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps)
+        rng = Batched(("scales", step), range(256), dtype=torch.float64)
+        batch = {"images": Sample(x0=CORNERS.sample(256, seed=step), cond={"label": rng.integers(3)})}
+        (term,) = made.plan(step)[0].terms
+        term.loss(batch, rng).value.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    rng = Batched(("judge",), range(2000), dtype=torch.float64)
+    noise, cond = made.generator.prior(rng), {"label": rng.integers(3)}
+    levels = (*made.generator.process.grid(40), 0.0)
+    ends = {w: made.teacher.solve(noise, levels, cond, solver="heun", guidance=w) for w in (1.0, 2.0, 3.0)}
+    apart = ends[3.0] - ends[1.0]
+    made_at = {
+        w: Generator(made.generator.denoiser, (10.0,), guidance=w).sample(noise, cond, rng).detach()
+        for w in (1.0, 2.0, 3.0)
+    }
+
+    def moved(samples: dict[float, Tensor], w: float) -> Tensor:
+        return ((samples[w] - samples[1.0]) * apart).sum() / apart.square().sum()
+
+    assert moved(made_at, 3.0) == pytest.approx(1.0, abs=0.15)  # 0 where it is told nothing
+    assert moved(made_at, 2.0) == pytest.approx(moved(ends, 2.0).item(), abs=0.15)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -444,6 +507,8 @@ def test_steps_of_the_exact_function_have_the_known_moments():
         (lambda: method(Consistency, bounded(0.01), bounded(0)), "boundary=0.01 must be where"),
         (lambda: method(Consistency, bounded(0), bounded(0, VE(sigma_max=70.0))), "one trajectory needs one law"),
         (lambda: method(Consistency, bounded(0), bounded(0), guidance_range=(1.0, 2.0)), "no unconditional branch"),
+        (lambda: told(guidance_range=(2.5, 9.0)), "generator.guidance=2.0 must be one of the scales that are learnt"),
+        (lambda: told(), r"and method.guidance_range is \[\]"),
     ],
 )  # fmt: skip
 def test_bad_settings_are_refused_by_name(make, message):

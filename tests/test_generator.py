@@ -21,10 +21,10 @@ def rng(*key, slots=4):
 
 def network(process, *, rule="") -> Denoiser:
     torch.manual_seed(0)
-    backbone = MLP(width=16, depth=2, spans=rule == "flow_map").double()
+    backbone = MLP(width=16, depth=2, told=["span"] if rule == "flow_map" else []).double()
     torch.nn.init.normal_(backbone.leave.weight)
-    if backbone.span is not None:
-        torch.nn.init.normal_(backbone.span.leave.weight, std=0.2)
+    for embed in backbone.told.values():
+        torch.nn.init.normal_(embed.leave.weight, std=0.2)
     return Denoiser(backbone, process, Prediction.F, clock="log_ratio", scale_input=True)
 
 

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "diffdistill"
 
 # What each file may import: names of our own modules without "diffdistill.", and packages beyond torch, numpy, pillow,
 # safetensors and the standard library. A folder's name stands for all of its files; "*" is everything of ours.
-TENSORS = {"process", "prediction", "times", "time_pairs", "rng", "losses", "distances", "solvers"}
+TENSORS = {"process", "prediction", "times", "time_pairs", "rng", "losses", "distances", "solvers", "told"}
 NETWORKS = TENSORS | {"denoiser", "teacher", "generator", "relay", "critic", "intervals"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"api"},
@@ -29,8 +29,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kmeans": set(),
     "shares": {"kmeans"},
     "running_means": set(),
+    "told": set(),
     "routed": {"denoiser", "generator", "rng"},
-    "denoiser": {"process", "prediction"},
+    "denoiser": {"process", "prediction", "told"},
     "losses": {"process", "prediction", "denoiser"},
     "distances": {"losses"},
     "perceptual": {"losses"},
@@ -68,13 +69,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tangents",
         "time_pairs",
         "times",
+        "told",
     },
     "recipe": {"config", "method", "methods", "omegaconf", "yaml"},
     "memory": set(),
     "data": {"data", "method", "rng"},
     "coupling": {"checkpoint", "data", "denoiser", "evaluation", "generator", "rng", "tqdm"},
     "evaluation": {"evaluation", "data", "denoiser", "generator", "teacher", "solvers", "rng", "tqdm"},
-    "backbones": {"backbones", "denoiser", "process", "prediction", "diffusers", "huggingface_hub"},
+    "backbones": {"backbones", "denoiser", "process", "prediction", "told", "diffusers", "huggingface_hub"},
     "exporting": {
         "exporting",
         "relay",

@@ -38,8 +38,8 @@ def draws(*key, slots=5) -> Rng:
 def told(process: Process, *, seed=0, **options) -> Denoiser:
     """A small network with random weights that is told spans, and to which they matter."""
     model = network(process, seed=seed, **options)
-    model.backbone.tell_spans()
-    nn.init.normal_(model.backbone.span.leave.weight, std=0.3)
+    model.backbone.tell("span")
+    nn.init.normal_(model.backbone.told["span"].leave.weight, std=0.3)
     return model
 
 
@@ -166,7 +166,7 @@ def test_at_the_data_its_residual_is_the_tangent_of_scm():
     """A10: g = -cos t dtau/dt (u - u_target) for r = 0, tau the rectified flow's time at the angle t."""
     native = VE(sigma_data=STD)
     student = network(native)
-    student.backbone.tell_spans()  # by layers that are zero: the same network for sCM
+    student.backbone.tell("span")  # by layers that are zero: the same network for sCM
     teacher = denoiser(LAW, native)
     method = made(student, teacher=teacher, **TIMES)
     scm = SCM(SCM.Config(warmup_steps=0), Networks(lambda: Generator(student, (80.0,)), None, Teacher(teacher)))
@@ -227,7 +227,7 @@ def test_the_ends_are_of_their_own_law_where_one_is_given():
 def test_guidance_mixes_what_the_network_says_with_and_without_a_class():
     process = VE()
     student = denoiser(CORNERS, process)
-    student.backbone.tell_spans()
+    student.backbone.tell("span")
     config = {"guidance": 0.4, "mixing": 0.5, "guided_from": 0.3, "guided_to": 0.8, "condition_dropout": 0.4}
     method = made(student, kind=MeanFlowTraining, **TIMES, **config)
     rng = draws("guided", slots=40)
@@ -351,7 +351,7 @@ def test_a_network_that_cannot_be_told_or_guided_is_refused_by_name():
 def flow_map(start, grid, *, kind, steps, **config) -> Generator:  # noqa: F811
     student = copy.deepcopy(start)
     torch.manual_seed(2)
-    student.backbone.tell_spans()
+    student.backbone.tell("span")
     method = made(student, kind=kind, teacher=denoiser(CORNERS, start.process), grid=grid, **config)
     train(method, steps)
     return method.generator

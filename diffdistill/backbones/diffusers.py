@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffdistill.backbones.spans import SpanEmbedding, with_span
 from diffdistill.denoiser import Backbone, Condition
+from diffdistill.told import beside
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,7 @@ class Family:
         num_classes: real classes, 0 for none, from its config.
         null_label: the label that means "no class", or None where the network was built without one.
         blocks: the modules to shard and to checkpoint, in order of execution.
-        tell: make the network add to the embedding of its time what comes beside each label (`spans.Label`); the width
-            of that embedding.
+        tell: make the network add to the embedding of its time what comes beside each label (`told.Label`).
         clocks: the last layers of the embeddings of its time, to each of which `tell` adds.
         prepare: once after loading: switch off randomness that the slots do not control.
     """
@@ -32,7 +31,7 @@ class Family:
     num_classes: Callable[[Mapping[str, Any]], int]
     null_label: Callable[[Mapping[str, Any]], int | None]
     blocks: Callable[[nn.Module], Sequence[nn.Module]]
-    tell: Callable[[nn.Module], int]
+    tell: Callable[[nn.Module], None]
     clocks: Callable[[nn.Module], Sequence[nn.Linear]]
     prepare: Callable[[nn.Module], None] = lambda network: None
 
@@ -52,16 +51,14 @@ def _prepare_dit(network: nn.Module) -> None:
         block.norm1.emb.class_embedder.dropout_prob = 0.0
 
 
-def _tell_unet(network: nn.Module) -> int:
-    network.class_embedding = with_span(network.class_embedding)
-    return network.time_embedding.linear_2.out_features
+def _tell_unet(network: nn.Module) -> None:
+    network.class_embedding = beside(network.class_embedding)
 
 
-def _tell_dit(network: nn.Module) -> int:
-    embeddings = [block.norm1.emb for block in network.transformer_blocks]
-    for embedding in embeddings:
-        embedding.class_embedder.embedding_table = with_span(embedding.class_embedder.embedding_table)
-    return embeddings[0].timestep_embedder.linear_2.out_features
+def _tell_dit(network: nn.Module) -> None:
+    for block in network.transformer_blocks:
+        embedder = block.norm1.emb.class_embedder
+        embedder.embedding_table = beside(embedder.embedding_table)
 
 
 def _square(size: int | Sequence[int]) -> tuple[int, int]:
@@ -121,31 +118,34 @@ class DiffusersBackbone(Backbone):
             network.enable_gradient_checkpointing()
 
     def forward(self, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
-        if self.span is not None:
-            cond = {"label": self._told(cond, time).to(x.dtype)}
+        if self.told:
+            cond = {"label": self._beside_label(cond, time).to(x.dtype)}
         return self._family.call(self.network, x, time, cond)
 
-    def tell_spans(self) -> None:
-        parameter = next(self.network.parameters())
-        self.span = SpanEmbedding(self._family.tell(self.network)).to(parameter)
+    def tell(self, name: str) -> None:
+        if not self.told:
+            self._family.tell(self.network)
+        clock = self._family.clocks(self.network)[0]
+        self.told.add(name, clock.out_features, clock.weight)
 
     @torch.no_grad()
-    def folded(self, span: float) -> "DiffusersBackbone":
-        """The span's vector is added to the embedding of the time, and so goes into the bias of its last layer."""
+    def folded(self, **numbers: float) -> "DiffusersBackbone":
+        """What is told is added to the embedding of the time, and so goes into the bias of its last layer."""
         with torch.random.fork_rng(devices=[]):
             network = type(self.network).from_config(self.network.config)
         parameter = next(self.network.parameters())
         network = network.to(parameter).train(self.network.training)
         network.load_state_dict(self.network.state_dict())
-        (vector,) = self.span(torch.tensor([span]).to(parameter))
+        cond = {name: torch.tensor([number]).to(parameter) for name, number in numbers.items()}
+        (vector,) = self.told(cond, torch.zeros(1).to(parameter))
         for clock in self._family.clocks(network):
             clock.bias += vector
         own = self._null_label != self._family.null_label(network.config)
         return DiffusersBackbone(network, null_label=self._null_label if own else None)
 
-    def _told(self, cond: Condition, time: Tensor) -> Tensor:
-        """[label, vector of the span], (N, 1 + width)."""
-        vector = self.span(cond.get("span", torch.zeros_like(time)))
+    def _beside_label(self, cond: Condition, time: Tensor) -> Tensor:
+        """[label, vector of what is told], (N, 1 + width)."""
+        vector = self.told(cond, time)
         label = cond["label"] if "label" in cond else torch.zeros_like(time)
         return torch.cat([label[:, None].to(vector.dtype), vector], dim=1)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -15,9 +15,10 @@ from diffdistill.backbones.diffusers import FAMILIES, DiffusersBackbone
 from diffdistill.backbones.mlp import MLP
 from diffdistill.backbones.scheduler import meaning
 from diffdistill.denoiser import Backbone
+from diffdistill.told import TELLABLE
 
 MEANING, NETWORK = "denoiser.json", "network"
-SPAN = "span.safetensors"  # beside a network of diffusers that is told spans: what tells it
+TOLD = "told.safetensors"  # beside a network of diffusers that is told more than its time: what tells it
 COMPONENTS = ("unet", "transformer")  # names that pipelines give to their network
 META = torch.device("meta")  # shapes without numbers: what `check` plans memory on
 
@@ -54,8 +55,8 @@ def read_backbone(
         options = {key: value for key, value in config.items() if not key.startswith("_")}
         with META:
             backbone = make_backbone(name, options, null_label=null_label, checkpointing=checkpointing)
-            if (folder / SPAN).is_file():
-                backbone.tell_spans()
+            for name in _told(folder):
+                backbone.tell(name)
         return backbone
     if name == "MLP":
         return _read_mlp(folder, config).to(device)
@@ -97,15 +98,29 @@ def read_backbone(
         # after training or resuming (1e-6 through a small UNet).
         tensor.data = tensor.data.clone()
     backbone = DiffusersBackbone(network, null_label=null_label, gradient_checkpointing=checkpointing)
-    if (folder / SPAN).is_file():
-        backbone.tell_spans()
+    for name in _told(folder):
+        backbone.tell(name)
+    if backbone.told:
         try:
-            weights = {name: tensor.float() for name, tensor in load_file(folder / SPAN).items()}
-            backbone.span.load_state_dict(weights)
-        except (OSError, RuntimeError, SafetensorError) as error:
+            backbone.told.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / TOLD).items()})
+        except RuntimeError as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"{folder / SPAN} could not be read: {reason}; restore the folder") from error
+            raise ValueError(f"{folder / TOLD} does not fit the network: {reason}; restore the folder") from error
     return backbone.to(device)
+
+
+def _told(folder: Path) -> list[str]:
+    """What the network in the folder is told besides its time and class."""
+    if not (folder / TOLD).is_file():
+        return []
+    try:
+        with safe_open(folder / TOLD, framework="pt") as file:
+            names = dict.fromkeys(key.partition(".")[0] for key in file.keys())
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder / TOLD} could not be read: {error}; restore the folder") from error
+    if unknown := names.keys() - TELLABLE.keys():
+        raise ValueError(f"{folder / TOLD} tells {', '.join(unknown)}; known are {', '.join(TELLABLE)}")
+    return list(names)
 
 
 def read_diffusers(
@@ -157,8 +172,8 @@ def write_backbone(backbone: Backbone, folder: Path, *, half: bool) -> None:
     network.save_config(folder)
     name = "diffusion_pytorch_model.fp16.safetensors" if half else "diffusion_pytorch_model.safetensors"
     save_file(_weights(network, half), folder / name, metadata={"format": "pt"})
-    if backbone.span is not None:
-        save_file(_weights(backbone.span, half), folder / SPAN)
+    if backbone.told:
+        save_file(_weights(backbone.told, half), folder / TOLD)
 
 
 def _weights(module: nn.Module, half: bool) -> dict[str, torch.Tensor]:

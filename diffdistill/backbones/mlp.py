@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from diffdistill.backbones.spans import SpanEmbedding
 from diffdistill.denoiser import Backbone, Condition
 
 
@@ -18,7 +17,7 @@ class MLP(Backbone):
         width, depth: of the hidden layers.
         num_classes: 0 for none. The null label, for guidance, is `num_classes`.
         dropout: within each hidden layer.
-        spans: whether it is told how far a flow map leads.
+        told: what it is told besides, span or scale.
     """
 
     def __init__(
@@ -29,7 +28,7 @@ class MLP(Backbone):
         depth: int = 3,
         num_classes: int = 0,
         dropout: float = 0.0,
-        spans: bool = False,
+        told: Sequence[str] = (),
     ):
         super().__init__()
         self.options = dict(dimension=dimension, width=width, depth=depth, num_classes=num_classes, dropout=dropout)
@@ -48,20 +47,20 @@ class MLP(Backbone):
         self.leave = nn.Linear(width, dimension)
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)
-        if spans:
-            self.tell_spans()
+        for name in told:
+            self.tell(name)
 
-    def tell_spans(self) -> None:
-        self.span = SpanEmbedding(self.enter.out_features).to(self.enter.weight)
-        self.options["spans"] = True
+    def tell(self, name: str) -> None:
+        self.told.add(name, self.enter.out_features, self.enter.weight)
+        self.options["told"] = list(self.told)
 
     def forward(self, x: Tensor, time: Tensor, cond: Condition) -> Tensor:
         angles = time[:, None] * self.frequencies.to(x.dtype)
         embedding = self.time(torch.cat([angles.sin(), angles.cos()], dim=1))
         if self.label is not None:
             embedding = embedding + self.label(cond["label"])
-        if self.span is not None:
-            embedding = embedding + self.span(cond.get("span", torch.zeros_like(time)))
+        if self.told:
+            embedding = embedding + self.told(cond, time)
         hidden = self.enter(x)
         for layer in self.layers:
             hidden = hidden + layer(hidden + embedding)

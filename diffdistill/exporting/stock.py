@@ -136,14 +136,15 @@ def request(generator: Generator, vae: nn.Module | None, dtype: torch.dtype) -> 
         "make a Generator of the denoiser in its native process, on a grid mapped by native.time_of(process.ratio(t))",
     )
     denoiser, step_rule = copy.deepcopy(denoiser).to("cpu", torch.float32).eval(), generator.step_rule
-    if backbone.span is not None:
+    if backbone.told:
         require(
             step_rule != FLOW_MAP or len(generator.grid) == 1,
             f"the network is told where each of its {len(generator.grid)} steps leads, and stock pipelines tell it the "
             "time alone; export it with a grid of one time, where that is always the same",
         )
         first = generator.grid[0]
-        denoiser = denoiser.told_once(first, 0.0 if step_rule == FLOW_MAP else first).eval()
+        leads = 0.0 if step_rule == FLOW_MAP else first
+        denoiser = denoiser.told_no_more(first, leads, 1.0 if generator.guidance is None else generator.guidance).eval()
         step_rule = "renoise" if step_rule == FLOW_MAP else step_rule  # of one step all rules are one
     network = denoiser.backbone.network
     weights = {

@@ -17,6 +17,7 @@ from diffdistill.prediction import Prediction, conversion
 from diffdistill.rng import Rng, drawn_from, replace_dropout
 from diffdistill.solvers import SOLVERS
 from diffdistill.time_pairs import ContinuousPairs, GridPairs, TimePair, TimePairs, UniformPairs
+from diffdistill.told import SCALE
 
 TARGET = "target"
 
@@ -88,8 +89,14 @@ class ConsistencyMethod(Method):
             self._target_dropouts = replace_dropout(self._target)
 
     @abstractmethod
-    def earlier(self, x_t: Tensor, x0: Tensor, eps: Tensor, pair: TimePair, cond: Condition, rng: Rng) -> Tensor:
+    def earlier(
+        self, x_t: Tensor, x0: Tensor, eps: Tensor, pair: TimePair, cond: Condition, guidance: Tensor | None
+    ) -> Tensor:
         """x_r of shape (N, ...) on the trajectory of x_t = alpha x0 + sigma eps, without graph."""
+
+    def guidance(self, rng: Rng) -> Tensor | None:
+        """A scale for each sample, shape (N,), where they are drawn."""
+        return None
 
     def players(self) -> Mapping[str, PlayerSpec]:
         return {"generator": PlayerSpec.of(self.generator.denoiser)}
@@ -109,11 +116,12 @@ class ConsistencyMethod(Method):
         def agree(batch: Batch, rng: Rng) -> Loss:
             images, process = batch["images"], self.generator.process
             pair, eps = self.config.pairs(rng.uniform(), process, step), rng.normal(images.x0.shape[1:])
-            x_t = process.perturb(images.x0, eps, pair.t)
+            x_t, guidance = process.perturb(images.x0, eps, pair.t), self.guidance(rng)
+            told = images.cond if self.generator.guidance is None else {**images.cond, SCALE: guidance.to(x_t.dtype)}
             with torch.no_grad():  # detached: the value at r is what the one at t learns from
-                x_r = self.earlier(x_t, images.x0, eps, pair, images.cond, rng)
-                target = self._value_at_r(x_r, pair, images.cond, rng)
-            far = self._distance(self.generator.denoiser(x_t, pair.t, images.cond), target)
+                x_r = self.earlier(x_t, images.x0, eps, pair, images.cond, guidance)
+                target = self._value_at_r(x_r, pair, told, rng)
+            far = self._distance(self.generator.denoiser(x_t, pair.t, told), target)
             return Loss(self._weight(pair).to(far.dtype) * far, {"distance": far.detach()})
 
         return (Update((Term("generator", "agree", agree),)),)
@@ -139,9 +147,9 @@ class Consistency(ConsistencyMethod):
     """Consistency distillation: x_r is one step of the teacher's ODE from x_t.
 
     On a VP table with 51 uniform levels, solver ddim and a range of guidance it is latent consistency distillation
-    (LCM). Deviations there: the student's network is not told the scale, as in LCM-LoRA, so that it learns the mean of
-    the scales' targets; the boundary is at t = 0, where LCM's is at the table's first entry; and c_skip and c_out are
-    those of the prediction, not LCM's.
+    (LCM). With `generator.guidance` the student's network is told the scale of each sample, and sampled at that one;
+    without, as in LCM-LoRA, it learns the mean of the scales' targets. Deviations there: the boundary is at t = 0,
+    where LCM's is at the table's first entry; and c_skip and c_out are those of the prediction, not LCM's.
 
     Deviation from the released code: masks of dropout, which is 0 in the paper, are those of the value at t.
 
@@ -173,15 +181,25 @@ class Consistency(ConsistencyMethod):
                 f"the teacher speaks {self.teacher.process} and the generator {self.generator.process}, with another "
                 "alpha or sigma: one trajectory needs one law; wrap a denoiser by Denoiser.seen_in(process)"
             )
-        if config.guidance_range:
+        told, scales = self.generator.guidance, config.guidance_range
+        if told is not None and not (scales and scales[0] <= told <= scales[1]):
+            raise ValueError(
+                f"generator.guidance={told} must be one of the scales that are learnt, and method.guidance_range is "
+                f"{list(scales)}; change one of them, or leave generator.guidance out"
+            )
+        if scales:
             backbone = self.teacher.denoiser.backbone  # asked now, since it refuses where it was never trained without
             backbone.null({name: torch.zeros(1, dtype=torch.long) for name in backbone.condition_names})
 
-    def earlier(self, x_t: Tensor, x0: Tensor, eps: Tensor, pair: TimePair, cond: Condition, rng: Rng) -> Tensor:
-        guidance = None
-        if self.config.guidance_range:
-            low, high = self.config.guidance_range
-            guidance = low + (high - low) * rng.uniform()
+    def guidance(self, rng: Rng) -> Tensor | None:
+        if not self.config.guidance_range:
+            return None
+        low, high = self.config.guidance_range
+        return low + (high - low) * rng.uniform()
+
+    def earlier(
+        self, x_t: Tensor, x0: Tensor, eps: Tensor, pair: TimePair, cond: Condition, guidance: Tensor | None
+    ) -> Tensor:
         return self.teacher.solve(x_t, (pair.t, pair.r), cond, solver=self.config.solver, guidance=guidance)
 
 
@@ -207,5 +225,7 @@ class ConsistencyTraining(ConsistencyMethod):
     needs_teacher = False
     presets = ("cifar10", "imagenet64")
 
-    def earlier(self, x_t: Tensor, x0: Tensor, eps: Tensor, pair: TimePair, cond: Condition, rng: Rng) -> Tensor:
+    def earlier(
+        self, x_t: Tensor, x0: Tensor, eps: Tensor, pair: TimePair, cond: Condition, guidance: Tensor | None
+    ) -> Tensor:
         return self.generator.process.perturb(x0, eps, pair.r)
