@@ -53,9 +53,8 @@ def test_a_preset_builds_and_is_planned(path, stand_ins, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     method = path.stem.removesuffix("-recommended")
     without = WITHOUT_NODES if method == "disback" else []
-    perceptual = method in ("dmd", "consistency")
-    given = [f"method.distance.weights={write_vgg16(tmp_path / 'vgg16.safetensors')}"] if perceptual else []
-    config = load_config(path, [f"teacher.path={stand_ins[path.parent.name]}", *without, *given])
+    monkeypatch.setenv("VGG16", str(write_vgg16(tmp_path / "vgg16.safetensors")))
+    config = load_config(path, [f"teacher.path={stand_ins[path.parent.name]}", *without])
     assert (config.method_name, config.output) == (method, f"runs/{path.parent.name}-{path.stem.replace('_', '-')}")
     run.look(config)
     assert any("generator" in role.name for role in trial.plan_memory(config))  # data are for the user to fetch

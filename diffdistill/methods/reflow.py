@@ -72,6 +72,7 @@ class Reflow(Method):
                     )
 
     reference = "Liu et al. 2022, arXiv:2209.03003; Lee 2024, arXiv:2405.20320; Zhu 2024, arXiv:2407.12718"
+    presets = ("cifar10",)
     needs_teacher = False
     reads = "pairs, or images where the coupling is independent"
     trains = "generator"

@@ -47,6 +47,7 @@ class ReflowDistill(Method):
                 raise ValueError(f"method.guided_weight must not be negative, got {self.guided_weight}")
 
     reference = "Liu et al. 2022, arXiv:2209.03003; 2023, arXiv:2309.06380; Zhu 2024, arXiv:2407.12718"
+    presets = ("cifar10",)
     needs_teacher = True
     reads = "pairs"
     trains = "generator"
