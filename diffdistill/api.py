@@ -235,9 +235,12 @@ def couple(
     batch: int = SAMPLE_BATCH,
     shard: int = 1024,
     weights: str = "",
+    data: Mapping | None = None,
     device: str = "cpu",
 ) -> Path:
     """Write pairs of a noise and where the source takes it, for `data.pairs`; the folder.
+
+    With `data` they are of real images, the first ones, and the noises to which the ODE takes them backwards.
 
     Killed, the same call goes on, and ends in the same files. Several processes of torchrun share the work.
 
@@ -249,8 +252,9 @@ def couple(
         start: the time of the noise, where the student's grid will begin; 0 for the teacher's last.
         shard: pairs of one file.
         weights: as for `load`.
+        data: keys of DataConfig.
     Raises:
-        ConfigError, ValueError: nothing to sample there, or the folder holds other pairs.
+        ConfigError, ValueError: nothing to sample there, images that do not fit, or the folder holds other pairs.
     """
     source, folder = Path(source), Path(folder)
     state = build.processes(device)  # first: it gives each process a GPU of its own
@@ -258,7 +262,11 @@ def couple(
     if isinstance(loaded, Teacher) or steps:
         denoiser = (loaded if isinstance(loaded, Teacher) else _only(loaded, source)).denoiser
         networks.refuse_unguidable(denoiser, guidance, source)
-        found: Sampler | Solved = Solved(Teacher(denoiser, guidance=guidance), steps or TEACHER_STEPS, solver, start)
+        found: coupling.Source = Solved(Teacher(denoiser, guidance=guidance), steps or TEACHER_STEPS, solver, start)
+        if data:
+            found = coupling.Inverted(found, build.images(typed(DataConfig, data, "data"), "train"))
+    elif data:
+        raise ConfigError(f"{source} is sampled on its own grid, which no image goes back; give steps, for its ODE")
     elif guidance != 1 or start:
         raise ConfigError(
             f"{source} is sampled on its own grid, where guidance and start have no meaning; give steps to solve its "

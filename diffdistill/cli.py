@@ -174,6 +174,7 @@ def parser() -> argparse.ArgumentParser:
         "Write pairs of a noise and where a teacher or a run takes it, for data.pairs; interrupted, it goes on.",
         "diffdistill couple checkpoints/fashion-edm --out runs/fashion-pairs --count 8000",
         "torchrun --nproc-per-node 2 -m diffdistill couple checkpoints/fashion-edm --out runs/pairs --count 100000",
+        "diffdistill couple checkpoints/fashion-edm --out runs/inverted --count 4096 data.name=fashion_mnist",
     )
     couple.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     couple.add_argument("--count", type=int, required=True, help="pairs; their classes take turns")
@@ -216,6 +217,9 @@ def parser() -> argparse.ArgumentParser:
             "--weights", default="", metavar="raw|AVERAGE", help="of a run; its first average, if it has one"
         )
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="keys of evaluate and data")
+    couple.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="keys of data: pairs of these images, taken back to noise"
+    )
     for part in (sample, evaluate):
         part.add_argument("--teacher-steps", type=int, default=0, help="the teacher in so many steps, not the student")
     for part in (sample, couple, evaluate):
@@ -304,9 +308,12 @@ def _sample(options: argparse.Namespace) -> None:
 
 def _couple(options: argparse.Namespace) -> None:
     from diffdistill.api import couple
+    from diffdistill.recipe import sections
 
     names = ("count", "steps", "solver", "guidance", "start", "seed", "batch", "shard", "weights", "device")
-    folder = couple(options.source, options.out, **{name: getattr(options, name) for name in names})
+    data = sections(options.overrides, ("data",))["data"]
+    given = {name: getattr(options, name) for name in names}
+    folder = couple(options.source, options.out, data=data or None, **given)
     print(f"{options.count} pairs in {folder}")
 
 

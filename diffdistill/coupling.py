@@ -1,9 +1,10 @@
-"""Couplings: noises and where a sampler takes them, made once for DMD's regression and for reflow."""
+"""Couplings: noises and where a sampler takes them, or real images and the noises that they come from, made once for
+DMD's regression and for reflow."""
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffdistill.checkpoint import to_disk
+from diffdistill.data.image_set import ImageSet
 from diffdistill.data.pairs import (
     BEGUN,
     RECIPE,
@@ -23,21 +25,62 @@ from diffdistill.data.pairs import (
     shard_path,
     write_recipe,
 )
-from diffdistill.denoiser import Denoiser
+from diffdistill.denoiser import Condition, Denoiser
 from diffdistill.evaluation.sampling import Solved, denoisers, evaluating
 from diffdistill.generator import Sampler
 from diffdistill.rng import Rng
 
 
-def recipe_of(source: Sampler | Solved, *, count: int, seed: int, shard: int) -> PairRecipe:
+@dataclass(frozen=True)
+class Inverted:
+    """Real images, and the noises to which the ODE takes them backwards.
+
+    Source: Lee et al. 2024 (RF++), inversion.
+
+    Attributes:
+        solved: the ODE, from its last time, where the images stand for states, up to its first.
+    """
+
+    solved: Solved
+    images: ImageSet
+
+    def __post_init__(self):
+        denoiser = self.solved.teacher.denoiser
+        shape, wanted = tuple(self.images.images.shape[1:]), tuple(denoiser.sample_shape)
+        if shape != wanted:
+            raise ValueError(
+                f"the images have shape {shape}, and the teacher's samples {wanted}; give images of the teacher's size"
+            )
+        known, found = denoiser.backbone.num_classes, self.images.num_classes
+        if known not in (0, found):
+            raise ValueError(f"the images have {found} classes, and the teacher {known}; give images of its classes")
+
+    def noise_of(self, x0: Tensor, cond: Condition) -> Tensor:
+        """The state at the first time of the ODE that ends in x0, shape (N, ...)."""
+        return self.solved.teacher.solve(x0, self.solved.times[::-1], cond, solver=self.solved.solver)
+
+
+Source = Sampler | Solved | Inverted
+
+
+def networks_of(source: Source) -> list[Denoiser]:
+    """All networks that take part."""
+    return denoisers(source.solved if isinstance(source, Inverted) else source)
+
+
+def recipe_of(source: Source, *, count: int, seed: int, shard: int) -> PairRecipe:
     """What the pairs of this source are.
 
     Raises:
-        ValueError: count or shard is below 1.
+        ValueError: count or shard is below 1, or there are fewer images.
     """
     if count < 1 or shard < 1:
         raise ValueError(f"count and shard must be at least 1, got {count} and {shard}")
-    networks = denoisers(source)
+    networks, images = networks_of(source), ""
+    if isinstance(source, Inverted):
+        if count > len(source.images):
+            raise ValueError(f"count={count} is more than the {len(source.images)} images; each makes one pair")
+        images, source = _digest(source.images), source.solved
     if isinstance(source, Solved):
         start, how = source.times[0], (source.steps, source.solver, source.teacher.guidance)
     else:
@@ -54,7 +97,15 @@ def recipe_of(source: Sampler | Solved, *, count: int, seed: int, shard: int) ->
         shard=shard,
         shape=tuple(networks[0].sample_shape),
         num_classes=networks[0].backbone.num_classes,
+        images=images,
     )
+
+
+def _digest(images: ImageSet) -> str:
+    """SHA-256 of the pixels and labels."""
+    found = hashlib.sha256(images.labels.cpu().numpy().tobytes())
+    found.update(images.images.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def meaning_of(network: Denoiser) -> str:
@@ -96,7 +147,7 @@ def missing(recipe: PairRecipe, folder: Path) -> list[int]:
 
 @torch.no_grad()
 def make_pairs(
-    source: Sampler | Solved, recipe: PairRecipe, folder: Path, *, batch: int, numbers: Iterable[int], bar: bool
+    source: Source, recipe: PairRecipe, folder: Path, *, batch: int, numbers: Iterable[int], bar: bool
 ) -> None:
     """Write the files `numbers`, each beside its place first, so that it is whole.
 
@@ -106,7 +157,7 @@ def make_pairs(
     Raises:
         ValueError: a sample is not finite, or the disk refused; what was written before is whole.
     """
-    networks, numbers = denoisers(source), list(numbers)
+    networks, numbers = networks_of(source), list(numbers)
     total = sum(len(recipe.slots(number)) for number in numbers)
     with evaluating(*networks), tqdm(total=total, unit="pair", disable=not bar, dynamic_ncols=True) as progress:
         for number in numbers:
@@ -118,17 +169,22 @@ def make_pairs(
             _put(shard_path(folder, number), lambda path, columns=columns: save_file(columns, path))
 
 
-def _pairs(source: Sampler | Solved, recipe: PairRecipe, slots: range) -> dict[str, Tensor]:
+def _pairs(source: Source, recipe: PairRecipe, slots: range) -> dict[str, Tensor]:
     """These pairs, on the CPU, in float32."""
-    parameter = next(denoisers(source)[0].parameters())
+    parameter = next(networks_of(source)[0].parameters())
     rng = Rng((recipe.seed, "pairs"), slots, device=parameter.device, dtype=parameter.dtype)
-    made, cond = {}, {}
+    made, cond, labels = {}, {}, torch.tensor(slots) % max(recipe.num_classes, 1)
+    if isinstance(source, Inverted):
+        x0, labels = source.images.select(torch.tensor(slots))
+        made["x0"] = x0.to(parameter)
     if recipe.num_classes:
-        made["label"] = torch.tensor(slots) % recipe.num_classes
-        cond = {"label": made["label"].to(parameter.device)}
-    noise = source.prior(rng)
-    made["noise"], made["x0"] = noise, source.sample(noise, cond, rng)
-    if not made["x0"].isfinite().all():
+        made["label"], cond = labels.cpu(), {"label": labels.to(parameter.device)}
+    if isinstance(source, Inverted):
+        made["noise"] = source.noise_of(made["x0"], cond)
+    else:
+        made["noise"] = source.prior(rng)
+        made["x0"] = source.sample(made["noise"], cond, rng)
+    if not all(end.isfinite().all() for end in (made["noise"], made["x0"])):
         raise ValueError("the source's samples hold NaN or infinity; look at its weights, or take another solver")
     return {name: value.cpu() if name == "label" else value.cpu().float() for name, value in made.items()}
 

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import CASES
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from oracle import denoiser, gaussian
 from safetensors.torch import load_file, save, save_file
 from test_api import toy_denoiser
 from tiny import NUM_CLASSES, refused, student_recipe, teacher_recipe, write_recipe
@@ -23,11 +25,14 @@ from tiny import NUM_CLASSES, refused, student_recipe, teacher_recipe, write_rec
 from diffdistill import api, coupling
 from diffdistill.cli import main
 from diffdistill.config import ConfigError
+from diffdistill.data.fashion_mnist import load_fashion_mnist
+from diffdistill.data.image_set import ImageSet
 from diffdistill.data.pairs import beside, fingerprint, read_pairs, read_recipe, shard_path
 from diffdistill.data.pairs import write_recipe as write_recipe_of_pairs
 from diffdistill.evaluation.sampling import Solved
 from diffdistill.generator import Generator
 from diffdistill.losses import pair_distance
+from diffdistill.process import VE
 from diffdistill.rng import Rng
 from diffdistill.teacher import Teacher
 
@@ -325,3 +330,80 @@ def test_the_distance_of_a_pair():
     made, target = torch.tensor([[1.0, 2.0], [0.0, 0.0]]).double(), torch.tensor([[0.0, 0.0], [0.0, 0.0]]).double()
     assert pair_distance(made, target, huber=None).tolist() == [2.5, 0.0]
     assert pair_distance(made, target, huber=0.5).tolist() == pytest.approx([2.75**0.5 - 0.5, 0.0], rel=1e-12)
+
+
+def pictures(*, classes: int = 3, size: int = 8) -> ImageSet:
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randint(0, 256, (12, 3, size, size), dtype=torch.uint8, generator=generator)
+    return ImageSet(images, torch.arange(12) % max(classes, 1), classes)
+
+
+def toy_pictures_teacher() -> Teacher:
+    return Teacher(CASES["mean_flow-unet"].make().teacher.denoiser.float(), guidance=1.0)
+
+
+def test_inverted_pairs_are_images_and_what_the_ode_makes_of_them_backwards(tmp_path):
+    frozen, images = toy_pictures_teacher(), pictures()
+    solved = Solved(frozen, 5, "heun")
+    recipe, pairs = made(coupling.Inverted(solved, images), tmp_path, count=10)
+    x0, labels = images.select(torch.arange(10))
+    assert torch.equal(pairs.x0, x0) and torch.equal(pairs.labels, labels)
+    up = solved.times[::-1]
+    assert list(up) == sorted(up) and up[-1] == recipe.start == 20.0
+    noise = frozen.solve(x0, up, {"label": labels}, solver="heun")
+    torch.testing.assert_close(pairs.noise, noise, rtol=1e-5, atol=1e-4)
+
+
+def test_the_ode_backwards_is_the_closed_form_and_comes_back():
+    law, process = gaussian([0.4, -0.7], [[0.5, 0.2], [0.2, 0.3]]), VE(sigma_min=0.02)
+    teacher, x0 = Teacher(denoiser(law, process)), law.sample(6)
+    ends = [torch.full((6,), t, dtype=torch.float64) for t in (0.02, 80.0)]
+    expected = law.flow(x0, *((torch.ones_like(t), t) for t in ends))
+    errors = []
+    for steps in (100, 200):
+        times = process.grid(steps)
+        errors.append((teacher.solve(x0, times[::-1], solver="heun") - expected).norm().item())
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)  # second order
+    assert errors[1] < 1e-3 * expected.norm()
+    back = teacher.solve(teacher.solve(x0, times[::-1], solver="heun"), times, solver="heun")
+    torch.testing.assert_close(back, x0, rtol=0, atol=1e-3)
+
+
+def test_inverted_pairs_of_other_images_are_other_pairs_and_those_of_before_are_read(tmp_path):
+    solved, images = Solved(toy_pictures_teacher(), 2), pictures()
+    recipe = coupling.recipe_of(coupling.Inverted(solved, images), count=4, seed=0, shard=4)
+    coupling.begin(recipe, tmp_path)
+    other = ImageSet(images.images.flip(0), images.labels, 3)
+    for source in (solved, coupling.Inverted(solved, other)):
+        with pytest.raises(ValueError, match="pairs of another recipe: images was"):
+            coupling.refuse_another(tmp_path, coupling.recipe_of(source, count=4, seed=0, shard=4))
+    values = json.loads((tmp_path / "pairs.json").read_text())
+    del values["images"]
+    (tmp_path / "pairs.json").write_text(json.dumps(values))
+    assert read_recipe(tmp_path) == dataclasses.replace(recipe, images="")
+
+
+@pytest.mark.parametrize(
+    ("images", "count", "message"),
+    [
+        (lambda: pictures(size=16), 4, r"shape \(3, 16, 16\), and the teacher's samples \(3, 8, 8\)"),
+        (lambda: pictures(classes=0), 4, "the images have 0 classes, and the teacher 3"),
+        (pictures, 13, "count=13 is more than the 12 images"),
+    ],
+)
+def test_images_that_cannot_be_inverted_are_refused(images, count, message):
+    with pytest.raises(ValueError, match=message):
+        source = coupling.Inverted(Solved(toy_pictures_teacher(), 2), images())
+        coupling.recipe_of(source, count=count, seed=0, shard=4)
+
+
+def test_the_command_inverts_images_by_keys_of_data_and_a_flow_trains_on_them(tmp_path, capsys):
+    """With the shipped teacher and data; two images in two steps."""
+    shipped = Path(__file__).parents[1] / "checkpoints" / "fashion-edm"
+    command = ["couple", str(shipped), "--out", str(tmp_path / "pairs"), "--count", "2", "--steps", "2"]
+    assert main([*command, "data.name=fashion_mnist"]) == 0
+    recipe, pairs = read_pairs(tmp_path / "pairs", torch.device("cpu"))
+    real = load_fashion_mnist(None, "train")
+    assert torch.equal(pairs.x0, real.select(torch.arange(2))[0]) and recipe.images
+    assert main([*command, "data.nome=fashion_mnist"]) == 2
+    assert "unknown key data.nome" in capsys.readouterr().err

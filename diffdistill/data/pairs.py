@@ -35,6 +35,7 @@ class PairRecipe:
     shard: int  # pairs of one file
     shape: tuple[int, ...]  # of one sample
     num_classes: int  # 0: no labels
+    images: str = ""  # digest of the real images that were inverted; empty: noises were sampled
 
     @property
     def num_shards(self) -> int:
