@@ -54,6 +54,10 @@ def edm(network, *, sigma_data=0.5, **options):
     return Denoiser(DiffusersBackbone(network, **options), process, Prediction.F, clock="edm", scale_input=True)
 
 
+def bounded(boundary):
+    return edm(unet(classes=10)).bounded(boundary)
+
+
 def steps(network, source, process=None):
     process = process or VP.scaled_linear()
     return Denoiser(DiffusersBackbone(network), process, source, clock="steps")
@@ -90,6 +94,22 @@ SUPPORTED = {
     "edm, one channel": (lambda: Generator(edm(unet(channels=1)), EDM_PAIR), CM, "CMStochasticIterativeScheduler"),
     "edm, null label": (
         lambda: Generator(edm(unet(classes=11), null_label=10), (80.0,)),
+        CM,
+        "CMStochasticIterativeScheduler",
+    ),
+    "edm, a boundary, one step": (lambda: Generator(bounded(0.002), (80.0,)), CM, "CMStochasticIterativeScheduler"),
+    "edm, a boundary, two steps": (
+        lambda: Generator(bounded(0.002), (80.0, 0.821)),
+        CM,
+        "CMStochasticIterativeScheduler",
+    ),
+    "edm, a high boundary, two steps": (
+        lambda: Generator(bounded(0.5), (80.0, 0.7)),
+        CM,
+        "CMStochasticIterativeScheduler",
+    ),
+    "edm, a boundary, three steps": (
+        lambda: Generator(bounded(0.002), (80.0, 6.6, 0.93)),
         CM,
         "CMStochasticIterativeScheduler",
     ),
@@ -393,11 +413,22 @@ def test_betas_give_the_table_back_in_float32(process):
     torch.testing.assert_close(theirs, process.alpha(t), rtol=1.3e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("grid", [(80.0, 0.002), (80.0, 31.7, 2.31), (80.0, 17.77, 3.33, 0.123), VE().grid(4)], ids=len)
-def test_karras_levels_meet_the_grid(grid):
-    rho, num_levels, indices = karras_levels(grid)
+GRIDS = [(80.0, 31.7), (80.0, 31.7, 2.31), (80.0, 17.77, 3.33, 0.123)]
+
+
+@pytest.mark.parametrize(
+    ("grid", "low"),
+    [
+        *[(grid, low) for grid in GRIDS for low in (0.0, 0.002, 0.1)],
+        ((80.0, 0.002), 0.0),
+        (VE().grid(4), 0.0),
+        ((80.0, 0.0021), 0.002),
+    ],
+)
+def test_karras_levels_meet_the_grid(grid, low):
+    rho, num_levels, indices = karras_levels(grid, low)
     scheduler = CMStochasticIterativeScheduler(
-        sigma_min=0.0, sigma_max=grid[0], rho=rho, num_train_timesteps=num_levels
+        sigma_min=low, sigma_max=grid[0], rho=rho, num_train_timesteps=num_levels
     )
     scheduler.set_timesteps(timesteps=indices)
     ours = torch.tensor(grid, dtype=torch.float64)

@@ -9,8 +9,9 @@ from diffdistill.prediction import Prediction
 def consistency(request: Request) -> Stock:
     """x0 by EDM's preconditioning, fresh noise between the steps (Song et al. 2023, algorithm 1).
 
-    With sigma_min = 0 the scheduler's boundary condition is EDM's own preconditioning, its re-noising is
-    x0 + sigma z, and its first sigma is sigma_max whatever the number of its training steps.
+    The scheduler's boundary condition is at its sigma_min, and so is the generator's: with 0 that is EDM's own
+    preconditioning, and the re-noising x0 + sigma z. Its first sigma is sigma_max whatever the number of its training
+    steps.
     """
     from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
 
@@ -29,11 +30,11 @@ def consistency(request: Request) -> Stock:
     if len(request.grid) == 1:
         table, call = {}, {"num_inference_steps": 1}
     else:
-        rho, num_levels, indices = karras_levels(request.grid)
+        rho, num_levels, indices = karras_levels(request.grid, denoiser.boundary)
         table = {"rho": rho, "num_train_timesteps": num_levels}
         call = {"num_inference_steps": None, "timesteps": indices}
     scheduler = CMStochasticIterativeScheduler(
-        sigma_min=0.0,
+        sigma_min=denoiser.boundary,
         sigma_max=request.grid[0],
         sigma_data=request.process.sigma_data,
         clip_denoised=False,
@@ -52,30 +53,52 @@ def consistency(request: Request) -> Stock:
     )
 
 
-def karras_levels(grid: tuple[float, ...]) -> tuple[float, int, list[int]]:
+def karras_levels(grid: tuple[float, ...], low: float = 0.0) -> tuple[float, int, list[int]]:
     """rho, a number of levels, and the indices, descending, at which the scheduler's sigmas are those of `grid`.
 
     With sigma_min = 0 the scheduler knows sigma_max (1 - n / m)^rho, with m + 1 levels and integers n. Two times need
-    n / m = 1 / 2 and the right rho. For more, every n of the second time gives a rho, and among these the one is taken
-    at which the other indices come nearest to integers.
+    n / m = 1 / 2 and the right rho. For more, or with sigma_min = low > 0, where the roots of the sigmas are evenly
+    spaced down to low's, every n of the second time gives a rho, and among these the one is taken at which the other
+    indices come nearest to integers.
 
     Raises:
         Refusal: no table of at most a million levels meets the grid to the precision of float32.
     """
     drops = np.log(grid[0] / np.array(grid[1:]))
-    if len(drops) == 1:
+    if len(drops) == 1 and not low:
         return float(drops[0] / np.log(2)), 3, [1, 0]
     for m in (1_000, 10_000, 100_000, 1_000_000):
-        rho = -drops[0] / np.log1p(-np.arange(1, m) / m)
-        places = m * -np.expm1(-drops[:, None] / rho)
+        share = np.arange(1, m) / m
+        if low:
+            depth = np.log(grid[0] / low)
+            rho = _rho(drops[0], depth, share)
+            fall = np.expm1(-depth / rho)  # of the roots, from the first level to the last
+        else:
+            rho, fall = -drops[0] / np.log1p(-share), -1.0
+        places = m * np.expm1(-drops[:, None] / rho) / fall
         inside = places[-1] < m - 1
         if not inside.any():
             continue
         rho, places = rho[inside], places[:, inside]
         nearest = places.round()
-        error = np.abs(rho * np.log1p((places - nearest) / (m - places))).max(axis=0)  # of log sigma
+        fall = fall[inside] if low else fall
+        error = np.abs(rho * np.log1p((nearest - places) * fall / (m + places * fall))).max(axis=0)  # of log sigma
         error[(np.diff(nearest, axis=0) < 1).any(axis=0)] = np.inf
         best = int(error.argmin())
         if error[best] < 3e-8:  # half a unit in the last place of float32, in which the scheduler keeps sigma
             return float(rho[best]), m + 1, [int(n) for n in nearest[::-1, best]] + [0]
     raise Refusal(f"its scheduler's levels, integers in a Karras table, do not meet the grid {grid}; use fewer times")
+
+
+def _rho(drop: float, depth: float, share: np.ndarray) -> np.ndarray:
+    """The rho at which a level `drop` below the first in log sigma lies at each share of the way to one `depth` below.
+
+    That is expm1(-drop / rho) / expm1(-depth / rho), which falls from 1 to drop / depth; where no rho between 1/10 and
+    100 gives the share, one of these ends stands.
+    """
+    low, high = np.full(share.shape, 0.1), np.full(share.shape, 100.0)
+    for _ in range(80):
+        rho = np.sqrt(low * high)
+        early = np.expm1(-drop / rho) / np.expm1(-depth / rho) > share
+        low, high = np.where(early, rho, low), np.where(early, high, rho)
+    return rho
