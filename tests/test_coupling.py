@@ -407,3 +407,35 @@ def test_the_command_inverts_images_by_keys_of_data_and_a_flow_trains_on_them(tm
     assert torch.equal(pairs.x0, real.select(torch.arange(2))[0]) and recipe.images
     assert main([*command, "data.nome=fashion_mnist"]) == 2
     assert "unknown key data.nome" in capsys.readouterr().err
+
+
+def test_a_smaller_student_is_reflowed_by_annealing_and_distilled(teacher, tmp_path):
+    """SlimFlow from YAML: pairs, the smaller network's annealing reflow, and its guided distillation; then sampled."""
+    api.couple(teacher, tmp_path / "pairs", count=12, steps=3, shard=8)
+    made_anew = teacher_recipe(tmp_path)["generator"]
+    made_anew["network"]["options"] |= {"block_out_channels": [4, 8]}
+    data = {"pairs": str(tmp_path / "pairs")}
+    common = {
+        "data": data,
+        "players": {"generator": {"learning_rate": 1e-3}},
+        "train": {"steps": 4, "batch": 6, "log_every": 2, "save_every": 2, "device": "cpu", "threads": 1},
+    }
+    flow = common | {
+        "output": str(tmp_path / "flow"),
+        "method": {"name": "reflow", "anneal_steps": 3, "flip": True, "straightness_every": 2},
+        "generator": made_anew | {"grid": [20.0], "step_rule": "euler"},
+    }
+    straightened = api.distill(flow, say=lambda line: None)
+    distilled = common | {
+        "output": str(tmp_path / "student"),
+        "teacher": {"path": str(teacher)},
+        "method": {"name": "reflow_distill", "guided_weight": 0.5, "guided_from": "teacher"},
+        "generator": flow["generator"] | {"init_from": str(straightened)},
+    }
+    student = api.load(api.distill(distilled, say=lambda line: None))
+    size = sum(parameter.numel() for parameter in student.denoiser.parameters())
+    assert size < 0.7 * sum(parameter.numel() for parameter in api.load(teacher).denoiser.parameters())
+    rng = Rng(("slim",), range(3))
+    assert student.sample(student.prior(rng), {"label": torch.arange(3)}, rng).isfinite().all()
+    with pytest.raises(ConfigError, match="reflow needs no teacher and the generator starts as"):
+        api.check(flow | {"teacher": {"path": str(teacher)}, "output": str(tmp_path / "another")})
