@@ -24,8 +24,8 @@ def consistency(request: Request) -> Stock:
     require(
         request.rule in ("one", "renoise"),
         f"it adds fresh noise between its steps, so step_rule={request.generator.step_rule!r} with "
-        f"{len(request.grid)} steps is not what it does; consistency models take step_rule renoise; for a solver's steps "
-        "use a grid of one time, or reflow a network with prediction velocity, whose Euler steps are stock",
+        f"{len(request.grid)} steps is not what it does; consistency models take step_rule renoise, and for a solver's "
+        "steps use a grid of one time, or reflow a network with prediction velocity, whose Euler steps are stock",
     )
     square_size(request)
     if len(request.grid) == 1:
