@@ -11,6 +11,7 @@ from diffdistill import networks
 from diffdistill.method import Sample
 from diffdistill.player import only
 from diffdistill.rng import Rng, drawn_from
+from diffdistill.tangents import Rotational
 from diffdistill.trainer import Schedule
 
 SCHEDULE = Schedule(steps=1, batch=4, log_every=0, save_every=0)
@@ -18,10 +19,9 @@ DETACHED = ("diff_instruct", "dmd", "dmd2", "f_distill")
 ATTACHED = ("sid", "sim", "uni_instruct")
 
 
-def unet_trainer(name, tmp_path, *, recomputing=False):
-    """A small UNet with dropout, one step, and the method's defaults."""
-    options = {"ratio": 1}
-    case = dataclasses.replace(UNET, method=name, options=options, grid=(20.0,))
+def unet_trainer(name, tmp_path, *, recomputing=False, **options):
+    """A small UNet with dropout, one step, and the method's defaults but for the options."""
+    case = dataclasses.replace(UNET, method=name, options={"ratio": 1} | options, grid=(20.0,))
     trainer = make_trainer(case, tmp_path, schedule=SCHEDULE)
     if recomputing:
         method = trainer.method
@@ -117,3 +117,61 @@ def test_recomputing_changes_nothing_with_dropout_on(name, tmp_path):
     ours, theirs = all_tensors(frugal), all_tensors(plain)
     for key in theirs:
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-12, atol=1e-12)  # float64, the same operations
+
+
+class Held:
+    """Bytes that all graphs together hold at their most, each storage once, and those of `but` not at all."""
+
+    def __init__(self, *but):
+        self.peak, self._now, self._times = 0, 0, {}
+        self._but = {tensor.untyped_storage().data_ptr() for tensor in but}
+
+    def pack(self, tensor):
+        return self._Kept(self, tensor)
+
+    @staticmethod
+    def unpack(kept):
+        return kept.tensor
+
+    class _Kept:
+        """A tensor for as long as its graph lives."""
+
+        def __init__(self, held, tensor):
+            self.tensor, self._held, storage = tensor, held, tensor.untyped_storage()
+            self._address = storage.data_ptr()
+            times = held._times[self._address] = held._times.get(self._address, 0) + 1
+            if times == 1 and self._address not in held._but:
+                held._now += storage.nbytes()
+                held.peak = max(held.peak, held._now)
+
+        def __del__(self):
+            held = self._held
+            held._times[self._address] -= 1
+            if not held._times[self._address] and self._address not in held._but:
+                held._now -= self.tensor.untyped_storage().nbytes()
+
+
+def held_by_a_step(trainer) -> int:
+    """Bytes at the peak of one whole step, without weights."""
+    method = trainer.method
+    weights = [parameter for player in trainer.players.values() for parameter in player.spec.parameters.values()]
+    held = Held(*weights, *method.teacher.denoiser.parameters())
+    with saved_tensors_hooks(held.pack, held.unpack):
+        trainer.one_step()
+    assert held._now == 0  # every graph is gone
+    return held.peak
+
+
+def test_rcms_two_terms_hold_one_graph_at_a_time(tmp_path):
+    # by differences, as in the shipped recipe: under hooks PyTorch never lets go of what forward mode saved (2.13)
+    options = {"warmup_steps": 0, "discrete": True, "tangents": Rotational(0.1)}
+    both, consistency, score = (
+        held_by_a_step(unet_trainer("rcm", tmp_path / name, **options, **weights))
+        for name, weights in [
+            ("both", {}),
+            ("consistency", {"score_weight": 0.0}),
+            ("score", {"consistency_weight": 0.0}),
+        ]
+    )
+    assert both <= max(consistency, score)
+    assert both < 0.6 * (consistency + score)  # neither is so small that the sum would be no more
