@@ -87,7 +87,10 @@ def read_recipe(folder: Path) -> PairRecipe:
     """
     path = folder / RECIPE
     if not path.is_file():
-        raise ValueError(f"{folder} holds no pairs ({RECIPE} is missing); make some by: diffdistill couple")
+        raise ValueError(
+            f"{folder} holds no pairs ({RECIPE} is missing); make some by: diffdistill couple TEACHER "
+            f"--out {folder} --count N"
+        )
     try:
         values = json.loads(path.read_text())
         return PairRecipe(**{**values, "shape": tuple(values["shape"])})
