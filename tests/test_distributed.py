@@ -135,7 +135,7 @@ def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "accelerate"])
-    port = 20000 + os.getpid() % 20000
+    port = 20000 + os.getpid() % 12000  # below those that the system lends to other programs
     processes = [context.Process(target=worker, args=(rank, str(folder), port)) for rank in range(2)]
     for process in processes:
         process.start()
