@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from test_pages import Reader
-from tiny import refused, student_recipe, teacher_recipe, write_images, write_recipe
+from tiny import large_teacher, refused, student_recipe, write_images, write_recipe
 
 from diffdistill import api, checkpoint
 from diffdistill.cli import main, parse
@@ -47,13 +47,7 @@ def recipe(folder: Path, name: str, method: dict, **changes) -> Path:
 def chain(tmp_path_factory):
     """A teacher, recipes, and a finished comparison of two of them; read, never written."""
     folder = tmp_path_factory.mktemp("compare")
-    write_images(folder / "large.npz", size=28)
-    teacher = teacher_recipe(folder)
-    teacher["generator"]["network"]["options"]["sample_size"] = 28
-    teacher |= {"data": {"name": "folder", "path": str(folder / "large.npz")}}
-    teacher["train"] |= {"steps": 1, "batch": 2}
-    run = api.distill(teacher, say=lambda line: None)
-    api.export_denoiser(run, folder / "exported", weights="raw")
+    large_teacher(folder)
     recipe(folder, "one", {"name": "dmd2", "ratio": 1}, averages={"fast": {"name": "constant", "beta": 0.5}})
     recipe(folder, "two", {"name": "diff_instruct"}, generator={"grid": [20.0, 2.0]})
     command(*line(folder, folder / "out"))

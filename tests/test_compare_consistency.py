@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from test_pages import Reader
-from tiny import student_recipe, teacher_recipe, write_images, write_recipe
+from tiny import large_teacher, student_recipe, write_recipe
 
 from diffdistill import api
 from diffdistill.cli import main
@@ -18,6 +18,7 @@ ENTRANTS = {
     "dmd2": ({"name": "dmd2", "ratio": 1}, {"grid": [20.0]}),
     "cd": ({"name": "consistency"}, {"grid": [20.0, 0.821], "boundary": 0.002}),
     "scm": ({"name": "scm", "warmup_steps": 1}, PAIR),
+    "mean_flow": ({"name": "mean_flow", "far": 0.5}, PAIR | {"step_rule": "flow_map"}),
     "reflow": ({"name": "reflow", "straightness_every": 1}, PAIR | {"step_rule": "euler"}),
 }
 
@@ -26,13 +27,7 @@ ENTRANTS = {
 def folder(tmp_path_factory):
     """A teacher, pairs of it, and a recipe for each entrant."""
     folder = tmp_path_factory.mktemp("compare")
-    write_images(folder / "large.npz", size=28)
-    teacher = teacher_recipe(folder)
-    teacher["generator"]["network"]["options"]["sample_size"] = 28
-    teacher |= {"data": {"name": "folder", "path": str(folder / "large.npz")}}
-    teacher["train"] |= {"steps": 1, "batch": 2}
-    api.export_denoiser(api.distill(teacher, say=lambda line: None), folder / "exported")
-    api.couple(folder / "exported", folder / "pairs", count=6, steps=2)
+    api.couple(large_teacher(folder), folder / "pairs", count=6, steps=2)
     for name, (method, generator) in ENTRANTS.items():
         recipe = student_recipe(folder, folder / "exported") | {"method": method, "generator": generator}
         del recipe["critic"]

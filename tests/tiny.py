@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from diffdistill import api
 from diffdistill.cli import main
 from diffdistill.perceptual import vgg16
 
@@ -48,6 +49,16 @@ def teacher_recipe(folder: Path) -> dict:
         "averages": {"fast": {"name": "constant", "beta": 0.5}},
         "train": {"steps": 4, "batch": 6, "log_every": 2, "save_every": 2, "device": "cpu", "threads": 1},
     }
+
+
+def large_teacher(folder: Path) -> Path:
+    """An exported teacher of 28 x 28 pictures, which the shipped extractor takes, and they in folder/large.npz."""
+    recipe = teacher_recipe(folder)
+    recipe["generator"]["network"]["options"]["sample_size"] = 28
+    recipe["data"] = {"name": "folder", "path": str(write_images(folder / "large.npz", size=28))}
+    recipe["train"] |= {"steps": 1, "batch": 2}
+    run = api.distill(recipe, say=lambda line: None)
+    return api.export_denoiser(run, folder / "exported", weights="raw")
 
 
 def student_recipe(folder: Path, teacher: Path) -> dict:
