@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
-from tiny import student_recipe, teacher_recipe
+from tiny import NUM_CLASSES, student_recipe, teacher_recipe
 
 from diffdistill import api
+from diffdistill.config import ConfigError
 from diffdistill.exporting import Refusal
 
 VE = {"process": {"name": "ve", "sigma_max": 20.0}, "prediction": "f", "clock": "edm", "scale_input": True}
@@ -13,6 +14,7 @@ VP = {"process": {"name": "vp", "beta_start": 1e-4, "beta_end": 0.005}, "clock":
 MEANINGS = {
     "ve": VE,
     "vp v": VP | {"prediction": "v"},
+    "vp v, a null label": VP | {"prediction": "v", "null_label": NUM_CLASSES},
     "vp eps": VP | {"prediction": "eps"},
     "rectified": {"process": {"name": "rectified"}, "prediction": "velocity", "clock": "thousand"},
 }
@@ -23,6 +25,7 @@ BOUNDARY = 0.002  # sigma_min of the process, where the pairs' grid ends
 SCM = {"name": "scm", "warmup_steps": 1}
 RCM = {"name": "rcm", "warmup_steps": 1, "ratio": 1, "drawn_steps": 2}
 EULER = {"step_rule": "euler"}
+FLOW_MAP = {"step_rule": "flow_map"}
 CM = "ConsistencyModelPipeline", "CMStochasticIterativeScheduler"
 LATENT = "ConsistencyModelPipeline", "LCMScheduler"
 FLOW = "ConsistencyModelPipeline", "DPMSolverMultistepScheduler"
@@ -35,6 +38,28 @@ EXPRESSED = {
     "ect, two steps": ("ve", True, {"name": "consistency_training"}, {"grid": [20.0, 0.821]}, CM),
     "lcm v, four steps": ("vp v", True, LCM, {"grid": [1000.0, 759.0, 499.0, 259.0]}, LATENT),
     "lcm eps, two steps": ("vp eps", True, LCM, {"grid": [1000.0, 500.0]}, LATENT),
+    "lcm that is told its scale": (
+        "vp v, a null label",
+        True,
+        LCM | {"guidance_range": [1.0, 4.0]},
+        {"grid": [1000.0, 500.0], "guidance": 3.0},
+        LATENT,
+    ),
+    "mean_flow, one step": ("ve", True, {"name": "mean_flow", "far": 0.5}, {"grid": [20.0]} | FLOW_MAP, CM),
+    "mean_flow_training without classes": (
+        "ve",
+        False,
+        {"name": "mean_flow_training", "far": 0.5},
+        {"grid": [20.0]} | FLOW_MAP,
+        CM,
+    ),
+    "shortcut of a v network": (
+        "vp v",
+        True,
+        {"name": "shortcut", "bootstrap": 0.5},
+        {"grid": [1000.0]} | FLOW_MAP,
+        LATENT,
+    ),
     "scm, one step": ("ve", True, SCM, {"grid": [20.0]}, CM),
     "scm, two steps": ("ve", True, SCM, {"grid": [20.0, 0.982]}, CM),
     "scm of a v network": ("vp v", True, SCM, {"grid": [1000.0, 400.0]}, LATENT),
@@ -67,6 +92,13 @@ REFUSED = {
         {"grid": [20.0, 1.0]} | EULER,
         "a grid of one time, or reflow a network with prediction velocity",
     ),
+    "mean_flow in two steps": (
+        "ve",
+        True,
+        {"name": "mean_flow"},
+        {"grid": [20.0, 1.0]} | FLOW_MAP,
+        "told where each of its 2 steps leads, .* export it with a grid of one time",
+    ),
     "reflow in two steps with classes": (
         "rectified",
         True,
@@ -94,6 +126,8 @@ def teacher(tmp_path_factory):
             folder = tmp_path_factory.mktemp("teacher")
             recipe = teacher_recipe(folder)
             recipe["generator"] |= {"denoiser": MEANINGS[kind], "step_rule": "ddim"}
+            if "null_label" in MEANINGS[kind]:
+                recipe["generator"]["network"]["options"]["num_class_embeds"] = NUM_CLASSES + 1
             if not classes:
                 del recipe["generator"]["network"]["options"]["num_class_embeds"]
             recipe["train"] |= {"steps": 2, "save_every": 2}
@@ -141,3 +175,9 @@ def test_what_no_stock_pipeline_expresses_is_refused_with_the_way_out(name, teac
     with pytest.raises(Refusal, match=way_out):
         api.export(run, tmp_path / "pipeline")
     assert not (tmp_path / "pipeline").exists()
+
+
+@pytest.mark.parametrize("method", [{"name": "scm"}, CD])
+def test_a_scale_that_nothing_learns_is_refused(method, teacher, tmp_path):
+    with pytest.raises(ConfigError, match="generator.guidance=3.0 is for a network that learns a range of scales"):
+        trained(teacher("ve", True), tmp_path / "run", method, {"grid": [20.0], "guidance": 3.0})
