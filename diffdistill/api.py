@@ -164,21 +164,48 @@ def as_config(config: Config | Mapping | str | Path, overrides: Sequence[str] = 
     return config if isinstance(config, Config) else parse(config)
 
 
-def load(folder: str | Path, *, weights: str = "", device: str = "cpu") -> Sampler | Teacher:
+def load(
+    folder: str | Path,
+    *,
+    weights: str = "",
+    grid: Sequence[float] = (),
+    guidance: float | None = None,
+    device: str = "cpu",
+) -> Sampler | Teacher:
     """What a run samples with, or the teacher of any other folder that `teacher.path` may name, ready to sample.
 
     Args:
         folder: the output of `distill`, or a denoiser's or diffusers' folder.
         weights: of a run: "raw", or the name of an average; empty for its first average, or raw where it has none.
+        grid: of a run: the times to sample at, in place of its own, as a consistency function and a flow map can.
+        guidance: of a run whose network is told its scale: another than its own.
     Raises:
         ConfigError, CheckpointError: nothing to load there, or it does not fit.
     """
     folder = Path(folder)
     if run.is_run(folder):
-        return _trained(folder, run.read_config(folder), weights, device)[0]
-    if weights not in ("", RAW):
-        raise ConfigError(f"{folder} is no run, so weights={weights!r} cannot be chosen; leave it out")
+        config = _sampled_at(folder, run.read_config(folder), grid, guidance)
+        return _trained(folder, config, weights, device)[0]
+    for name, value in (("weights", weights if weights != RAW else ""), ("grid", grid), ("guidance", guidance)):
+        if value:
+            raise ConfigError(f"{folder} is no run, so {name}={value!r} cannot be chosen; leave it out")
     return Teacher(networks.teacher_denoiser(TeacherConfig(str(folder)), device=device)[0])
+
+
+def _sampled_at(folder: Path, config: Config, grid: Sequence[float], guidance: float | None) -> Config:
+    """The config of a run, sampled at other times or another scale."""
+    wanted = config.generator
+    if guidance is not None and wanted.guidance is None:
+        raise ConfigError(f"{folder} has a network that is told no scale; leave out guidance={guidance}")
+    if guidance is not None:
+        low, high = config.method.guidance_range
+        if not low <= guidance <= high:
+            raise ConfigError(f"guidance={guidance} is not among the scales that {folder} learnt, {low:g} to {high:g}")
+    changes = {"grid": tuple(grid) or wanted.grid, "guidance": wanted.guidance if guidance is None else guidance}
+    try:
+        return dataclasses.replace(config, generator=dataclasses.replace(wanted, **changes))
+    except ValueError as error:
+        raise ConfigError(f"{folder} sampled at grid={list(grid)}: {error}") from error
 
 
 def sample(
@@ -188,6 +215,8 @@ def sample(
     seed: int = 0,
     labels: Sequence[int] | None = None,
     weights: str = "",
+    grid: Sequence[float] = (),
+    guidance: float | None = None,
     teacher_steps: int = 0,
     batch: int = SAMPLE_BATCH,
     device: str = "cpu",
@@ -197,24 +226,35 @@ def sample(
     Args:
         source: a run, a denoiser's folder, or something loaded.
         labels: one for each sample; None for i % classes.
-        weights: as for `load`.
+        weights, grid, guidance: as for `load`.
         teacher_steps: of the PF-ODE: of a denoiser's folder, of a `denoise` run, or, for a run with a teacher, of that
             teacher instead of its student. 0 for the run's own grid, or 18 for a denoiser's folder.
     """
     if isinstance(source, str | Path):
-        source = opened(Path(source), weights=weights, teacher_steps=teacher_steps, device=device)
+        chosen = {"weights": weights, "grid": grid, "guidance": guidance}
+        source = opened(Path(source), **chosen, teacher_steps=teacher_steps, device=device)
     return sample_images(source, count, seed=seed, batch=batch, labels=labels)
 
 
-def opened(folder: Path, *, weights: str = "", teacher_steps: int = 0, device: str = "cpu") -> Sampler | Solved:
+def opened(
+    folder: Path,
+    *,
+    weights: str = "",
+    grid: Sequence[float] = (),
+    guidance: float | None = None,
+    teacher_steps: int = 0,
+    device: str = "cpu",
+) -> Sampler | Solved:
     """What a folder holds, with its steps; the arguments are those of `sample`."""
     if teacher_steps < 0:
         raise ConfigError(f"teacher_steps must not be negative, got {teacher_steps}")
+    if teacher_steps and (grid or guidance is not None):
+        raise ConfigError(f"teacher_steps={teacher_steps} is a grid of its own; leave out grid and guidance, or it")
     if teacher_steps and run.is_run(folder):
         config = run.read_config(folder)
         if config.teacher is not None and METHODS[config.method_name].needs_teacher:
             return Solved(networks.teacher(config, torch.device(device)), teacher_steps)
-    loaded = load(folder, weights=weights, device=device)
+    loaded = load(folder, weights=weights, grid=grid, guidance=guidance, device=device)
     if isinstance(loaded, Teacher) and not (teacher_steps or (folder / MEANING).is_file()):
         raise ConfigError(f"{folder} does not say in how many steps it is sampled; give them as the teacher's steps")
     if isinstance(loaded, Teacher):
@@ -295,6 +335,8 @@ def evaluate(
     source: str | Path,
     *,
     weights: str = "",
+    grid: Sequence[float] = (),
+    guidance: float | None = None,
     teacher_steps: int = 0,
     data: Mapping | None = None,
     settings: Mapping | None = None,
@@ -304,7 +346,7 @@ def evaluate(
 
     Args:
         source: a run or a denoiser's folder.
-        weights, teacher_steps: as for `sample`.
+        weights, grid, guidance, teacher_steps: as for `sample`.
         data: keys of DataConfig; None for the run's own.
         settings: keys of EvaluateConfig that differ from the run's own.
     Raises:
@@ -319,7 +361,8 @@ def evaluate(
             f"{folder} does not say which real images to compare with; name them, e.g. data.name=fashion_mnist"
         )
     real = own.data if data is None else typed(DataConfig, dict(data), "data")
-    loaded = opened(folder, weights=weights, teacher_steps=teacher_steps, device=device)
+    steps = {"grid": grid, "guidance": guidance, "teacher_steps": teacher_steps}
+    loaded = opened(folder, weights=weights, **steps, device=device)
     refuse_share(loaded)
     extractor, reference = yardstick(chosen, real, cache=folder / "cache", device=device)
     samples, labels = sample_images(loaded, chosen.samples, seed=chosen.seed, batch=chosen.batch)
@@ -351,6 +394,8 @@ def export(
     folder: str | Path,
     *,
     weights: str = "",
+    grid: Sequence[float] = (),
+    guidance: float | None = None,
     half: bool = False,
     vae: nn.Module | None = None,
     tolerance: float = TOLERANCE,
@@ -362,7 +407,7 @@ def export(
     becomes a network, in a folder that `load_relay` opens.
 
     Args:
-        weights: as for `load`.
+        weights, grid, guidance: as for `load`.
         half: weights in float16.
         vae: an AutoencoderKL, for generators of latents.
         tolerance: the largest absolute difference allowed between the pipeline's samples and the generator's.
@@ -370,7 +415,7 @@ def export(
     Raises:
         Refusal: no stock pipeline expresses this generator; the message has the reasons.
     """
-    loaded = load(source, weights=weights)
+    loaded = load(source, weights=weights, grid=grid, guidance=guidance)
     if isinstance(loaded, Teacher):
         raise ConfigError(f"{source} is a denoiser's folder, which has no grid to sample on; export a run")
     options = {"dtype": torch.float16 if half else torch.float32, "vae": vae, "tolerance": tolerance}

@@ -15,6 +15,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 
 class Parser(argparse.ArgumentParser):
@@ -220,6 +221,11 @@ def parser() -> argparse.ArgumentParser:
     couple.add_argument(
         "overrides", nargs="*", metavar="key=value", help="keys of data: pairs of these images, taken back to noise"
     )
+    for part in (sample, evaluate, export):
+        part.add_argument(
+            "--grid", type=_times, default=(), metavar="T,T", help="of a run: other times than its own, e.g. 80,0.982"
+        )
+        part.add_argument("--guidance", type=float, metavar="W", help="of a run that is told its scale: another one")
     for part in (sample, evaluate):
         part.add_argument("--teacher-steps", type=int, default=0, help="the teacher in so many steps, not the student")
     for part in (sample, couple, evaluate):
@@ -298,7 +304,7 @@ def _sample(options: argparse.Namespace) -> None:
         options.count,
         seed=options.seed,
         labels=None if options.label is None else [options.label] * options.count,
-        weights=options.weights,
+        **_steps(options),
         teacher_steps=options.teacher_steps,
         device=options.device,
     )
@@ -324,7 +330,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     given = sections(options.overrides, ("data", "evaluate"))
     found = evaluate(
         options.source,
-        weights=options.weights,
+        **_steps(options),
         teacher_steps=options.teacher_steps,
         data=given["data"] or None,
         settings=given["evaluate"],
@@ -341,11 +347,20 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from diffdistill import api
 
-    shared = {"weights": options.weights, "half": options.half, "replace": options.replace}
+    shared = {"half": options.half, "replace": options.replace}
     if options.kind == "denoiser":
-        print(api.export_denoiser(options.source, options.out, **shared))
+        print(api.export_denoiser(options.source, options.out, weights=options.weights, **shared))
     else:
-        print(api.export(options.source, options.out, tolerance=options.tolerance, **shared))
+        print(api.export(options.source, options.out, tolerance=options.tolerance, **_steps(options), **shared))
+
+
+def _steps(options: argparse.Namespace) -> dict[str, Any]:
+    """How a run is sampled."""
+    return {"weights": options.weights, "grid": options.grid, "guidance": options.guidance}
+
+
+def _times(text: str) -> tuple[float, ...]:
+    return tuple(float(time) for time in text.split(","))
 
 
 def _join(options: argparse.Namespace) -> None:

@@ -3,11 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import NUM_CLASSES, student_recipe, teacher_recipe
 
 from diffdistill import api
+from diffdistill.cli import main
 from diffdistill.config import ConfigError
 from diffdistill.exporting import Refusal
+from diffdistill.generator import Generator
 
 VE = {"process": {"name": "ve", "sigma_max": 20.0}, "prediction": "f", "clock": "edm", "scale_input": True}
 VP = {"process": {"name": "vp", "beta_start": 1e-4, "beta_end": 0.005}, "clock": "steps"}  # alpha ends at 0.29
@@ -181,3 +184,36 @@ def test_what_no_stock_pipeline_expresses_is_refused_with_the_way_out(name, teac
 def test_a_scale_that_nothing_learns_is_refused(method, teacher, tmp_path):
     with pytest.raises(ConfigError, match="generator.guidance=3.0 is for a network that learns a range of scales"):
         trained(teacher("ve", True), tmp_path / "run", method, {"grid": [20.0], "guidance": 3.0})
+
+
+def test_one_run_is_sampled_and_exported_in_other_steps_and_at_another_scale(teacher, tmp_path, capsys):
+    """LCM's student: the network is told the scale that is asked for, and takes any times."""
+    folder = teacher("vp v, a null label", True)
+    method, given = LCM | {"guidance_range": [1.0, 4.0]}, {"grid": [1000.0, 500.0], "guidance": 3.0}
+    run = trained(folder, tmp_path / "run", method, given)
+    own, network = api.load(run), api.load(run).denoiser
+    assert (own.grid, own.guidance) == ((1000.0, 500.0), 3.0)
+    for grid, guidance in (((1000.0,), 3.0), ((1000.0, 600.0), 1.5)):
+        found, labels = api.sample(run, 5, grid=grid, guidance=guidance)
+        expected, _ = api.sample(Generator(network, grid, guidance=guidance), 5)
+        assert torch.equal(found, expected)
+        assert not torch.equal(found, api.sample(run, 5)[0])
+    report = api.export(run, tmp_path / "one", grid=(1000.0,), guidance=1.5)
+    assert report.difference < 1e-5
+    word = [str(word) for word in ("sample", run, "--out", tmp_path / "x.png", "--grid", "1000,500", "--guidance", 1.5)]
+    assert main(word) == 0 and (tmp_path / "x.png").exists()
+    for options, message in (
+        ({"grid": (500.0, 600.0)}, "grid must be strictly decreasing"),
+        ({"grid": (1000.0, 0.0)}, r"grid must lie in \(0, t_max\]"),
+        ({"guidance": 9.0}, "guidance=9.0 is not among the scales that .* learnt, 1 to 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            api.load(run, **options)
+    with pytest.raises(ConfigError, match="is no run, so grid=.* cannot be chosen"):
+        api.load(folder / "exported", grid=(1000.0,))
+    with pytest.raises(ConfigError, match="teacher_steps=3 is a grid of its own"):
+        api.sample(run, 2, grid=(1000.0,), teacher_steps=3)
+    plain = trained(teacher("ve", True), tmp_path / "plain", CD, {"grid": [20.0]})
+    with pytest.raises(ConfigError, match="told no scale; leave out guidance=2.0"):
+        api.load(plain, guidance=2.0)
+    assert api.load(plain, grid=(20.0, 0.5)).grid == (20.0, 0.5)
