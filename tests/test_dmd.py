@@ -29,7 +29,7 @@ def test_without_its_regression_it_is_dmd2(tmp_path):
 
 def test_beside_its_regression_it_keeps_the_golden_direction():
     """T1 and T2, the regression on: the term is DMD2's, whose normaliser is undone as in test_dmd2.py."""
-    method = exact("dmd")
+    method = exact("dmd", regression_weight=0.25)
     assert [term.name for term in method.plan(0)[0].terms] == ["match", "regress", "fit"]
     rng = Quadrature(2, 60)
     x = method.generator.rollout(method.generator.prior(rng), None, rng, stop=0)
