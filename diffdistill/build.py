@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import importlib.util
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from diffdistill.data import Images, Labels, SomeLabels, Stream, Streams, refuse
 from diffdistill.data.fashion_mnist import Split, load_fashion_mnist
 from diffdistill.data.folder import load_images
 from diffdistill.data.image_set import ImageSet
-from diffdistill.data.pairs import PairRecipe, fingerprint, read_pairs, read_recipe
+from diffdistill.data.pairs import PairRecipe, fingerprint, joined_pairs, read_pairs, read_recipe
 from diffdistill.denoiser import Backbone, Denoiser
 from diffdistill.distances import Lpips
 from diffdistill.generator import Generator
@@ -249,7 +250,7 @@ def refuse_absent(config: Config, chosen: Method) -> None:
     if "images" in kinds and config.data.path and not Path(config.data.path).exists():
         raise ConfigError(f"data.path={config.data.path} does not exist; name the folder or file of the real images")
     if "pairs" in kinds:
-        _refuse_other_pairs(_pair_recipe(config), config, chosen, weights=False)
+        _refuse_other_pairs(config, chosen, weights=False)
     if config.evaluate.every and not Path(config.evaluate.features).is_dir():
         raise ConfigError(
             f"evaluate.features={config.evaluate.features} is no folder; name the extractor's, e.g. "
@@ -285,34 +286,37 @@ def image_stream(config: Config, model: Denoiser, device: torch.device, classes:
 
 
 def pair_stream(config: Config, chosen: Method, device: torch.device, unit_noise: bool) -> Stream:
-    """The pairs of a config, on the device; with `unit_noise`, their noise divided by its deviation.
+    """The pairs of a config's folders, on the device; with `unit_noise`, their noise divided by its deviation.
 
     Raises:
         ConfigError: there are none, or they are of another teacher or, where the noise is taken as it is, begin with
             another one than the generator.
     """
-    _refuse_other_pairs(_pair_recipe(config), config, chosen, weights=True)
-    recipe, pairs = read_pairs(Path(config.data.pairs), device)
-    if unit_noise:
-        pairs.noise.div_(recipe.noise_std)
-    return pairs
+    _refuse_other_pairs(config, chosen, weights=True)
+    found = []
+    for folder in config.data.pair_folders:
+        recipe, pairs = read_pairs(folder, device)
+        if unit_noise:
+            pairs.noise.div_(recipe.noise_std)
+        found.append(pairs)
+    return joined_pairs(found)
 
 
-def _pair_recipe(config: Config) -> PairRecipe:
-    if not config.data.pairs:
+def _pair_recipes(config: Config) -> dict[Path, PairRecipe]:
+    if not config.data.pair_folders:
         raise ConfigError(
             f"method {config.method_name} reads pairs, and data.pairs is missing; make some by: diffdistill couple "
             "TEACHER --out FOLDER --count N, and give that folder"
         )
     try:
-        return read_recipe(Path(config.data.pairs))
+        return {folder: read_recipe(folder) for folder in config.data.pair_folders}
     except ValueError as error:
         raise ConfigError(f"data.pairs: {error}") from error
 
 
-def _refuse_other_pairs(recipe: PairRecipe, config: Config, chosen: Method, *, weights: bool) -> None:
+def _refuse_other_pairs(config: Config, chosen: Method, *, weights: bool) -> None:
     """Refuses pairs that do not fit the run; of another teacher's weights only where these were read."""
-    model = chosen.generator.denoiser
+    recipes, model = _pair_recipes(config), chosen.generator.denoiser
     wanted = {"shape": tuple(model.sample_shape), "num_classes": model.backbone.num_classes}
     if not all(chosen.source(name).unit_noise for name in chosen.streams() if chosen.source(name).kind == "pairs"):
         first = max(part.grid[0] for part in chosen.generator.parts.values())
@@ -321,12 +325,12 @@ def _refuse_other_pairs(recipe: PairRecipe, config: Config, chosen: Method, *, w
         frozen = chosen.teacher.denoiser  # perhaps seen in the generator's process, where its own made the pairs
         wanted |= {"meaning": meaning_of(frozen.seen_in(frozen.native)), "guidance": chosen.teacher.guidance}
         wanted |= {"source": fingerprint(frozen)} if weights else {}
-    for name, here in wanted.items():
+    for (folder, recipe), (name, here) in itertools.product(recipes.items(), wanted.items()):
         there = getattr(recipe, name)
         if there != here:
             raise ConfigError(
-                f"data.pairs={config.data.pairs} has {name} {there!r}, and this run needs {here!r}; make pairs for it "
-                "by diffdistill couple, or change the run to fit them"
+                f"data.pairs={folder} has {name} {there!r}, and this run needs {here!r}; make pairs for it by "
+                "diffdistill couple, or change the run to fit them"
             )
 
 

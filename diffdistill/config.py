@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from diffdistill.denoiser import CLOCKS
@@ -183,11 +184,16 @@ class DataConfig:
     name: Literal["fashion_mnist", "folder", "none"] = "none"
     path: str = ""  # empty: what ships with the package
     flip: bool = False  # mirror half of the images left to right
-    pairs: str = ""  # a folder made by `diffdistill couple`, for the methods that read pairs
+    pairs: str | tuple[str, ...] = ""  # folders made by `diffdistill couple`, for the methods that read pairs
 
     def __post_init__(self):
         if self.name == "folder" and not self.path:
             raise ValueError("path is missing; give a folder of pictures, or an .npz with the array images")
+
+    @property
+    def pair_folders(self) -> tuple[Path, ...]:
+        folders = (self.pairs,) if isinstance(self.pairs, str) else self.pairs
+        return tuple(Path(folder) for folder in folders if folder)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from diffdistill.rng import Rng
 from diffdistill.solvers import SOLVERS, Predict, at, solve
 from diffdistill.told import SCALE, SPAN
 
-FLOW_MAP = "flow_map"
-STEP_RULES = ("renoise", FLOW_MAP, *SOLVERS)
+SAME_NOISE, FLOW_MAP = "same_noise", "flow_map"
+STEP_RULES = ("renoise", SAME_NOISE, FLOW_MAP, *SOLVERS)
 GENERATOR = "generator"  # the player that trains the generator, where there is one
 
 
@@ -65,9 +65,10 @@ class Generator(Sampler):
         denoiser: trainable.
         grid: the times of its evaluations, strictly descending, in (0, t_max].
         step_rule: how it gets from one time to the next. "renoise": predict x0, add fresh noise (consistency and
-            DMD sampling). "euler", "ddim", "heun": follow the PF-ODE. The last evaluation gives the predicted x0, which
-            on VE and Rectified is Euler's step to the data. "flow_map": the network is told where each step leads, and
-            leaps there.
+            DMD sampling). "same_noise": predict x0, add the noise that sampling began with, as straight flows allow
+            (RF++, Lee et al. 2024). "euler", "ddim", "heun": follow the PF-ODE. The last evaluation gives the predicted
+            x0, which on VE and Rectified is Euler's step to the data. "flow_map": the network is told where each step
+            leads, and leaps there.
         guidance: the scale, w of u + w (c - u), that a network is told which learnt to be guided.
     """
 
@@ -101,6 +102,11 @@ class Generator(Sampler):
                 f"generator.grid must lie above generator.boundary={denoiser.boundary}, at which x0 is the input "
                 f"itself, got {grid}"
             )
+        if step_rule == SAME_NOISE and self._end:
+            raise ValueError(
+                f"generator.step_rule={SAME_NOISE} adds noise to clean predictions, and those of "
+                f"generator.boundary={denoiser.boundary} keep some; take step_rule=renoise"
+            )
 
     @property
     def denoiser(self) -> Denoiser:
@@ -126,13 +132,17 @@ class Generator(Sampler):
         The steps before `stop` are simulated without gradient; the last evaluation carries it. This is DMD2's backward
         simulation (Yin et al. 2024a): training sees the inputs that sampling will produce.
         """
+        first = x
         with torch.no_grad():
             for t, r in zip(self.grid[:stop], self.grid[1 : stop + 1], strict=True):
-                x = self._step(x, t, r, cond, rng)
+                x = self._step(x, t, r, cond, rng, first)
         return self._predictor(cond, 0.0)(x, at(self.grid[stop], x))
 
-    def _step(self, x: Tensor, t: float, r: float, cond: Condition | None, rng: Rng) -> Tensor:
-        """The state at r from the state at t."""
+    def _step(self, x: Tensor, t: float, r: float, cond: Condition | None, rng: Rng, first: Tensor) -> Tensor:
+        """The state at r from the state at t; `first` is the noise that sampling began with."""
+        if self.step_rule == SAME_NOISE:
+            x0 = self._predictor(cond, r)(x, at(t, x))
+            return self.process.perturb(x0, first / self._prior_std, at(r, x))
         if self.step_rule == "renoise":
             x0 = self._predictor(cond, r)(x, at(t, x))
             _, added = self.process.transition(at(self._end, x), at(r, x))

@@ -161,8 +161,9 @@ def typed(kind: Any, value: Any, key: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         kinds = [a for a in arguments if a is not type(None)]
-        mappings = [a for a in kinds if dataclasses.is_dataclass(a)]
-        return typed(mappings[0] if mappings and isinstance(value, dict) else kinds[0], value, key)
+        mappings = [a for a in kinds if dataclasses.is_dataclass(a)] if isinstance(value, dict) else []
+        sequences = [a for a in kinds if typing.get_origin(a) is tuple] if isinstance(value, list | tuple) else []
+        return typed([*mappings, *sequences, *kinds][0], value, key)
     if dataclasses.is_dataclass(kind):
         return _dataclass(kind, value, key)
     if origin is Literal:

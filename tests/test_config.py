@@ -114,7 +114,7 @@ MISTAKES = {
     "generator.denoiser.process.name=ev": r"process.name='ev' is unknown; known are vp, ve, rectified, trig",
     "method.times.name=lognormal": r"method.times.name='lognormal' is unknown \(did you mean log_normal\?\)",
     "averages.fast.name=ema": "averages.fast.name='ema' is unknown; known are constant, half_life, power",
-    "generator.step_rule=hune": "generator.step_rule='hune' must be one of renoise, flow_map, euler, ddim, heun",
+    "generator.step_rule=hune": "generator.step_rule='hune' must be one of renoise, same_noise, flow_map",
     "generator.denoiser.prediction=noise": "generator.denoiser.prediction='noise' must be one of x0, eps",
     "generator.denoiser.clock=sundial": "generator.denoiser.clock='sundial' must be one of steps, edm",
     "data.name=imagenet": "data.name='imagenet' must be one of fashion_mnist, folder, none",

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save, save_file
 from test_api import toy_denoiser
 from tiny import NUM_CLASSES, refused, student_recipe, teacher_recipe, write_recipe
 
-from diffdistill import api, coupling
+from diffdistill import api, build, coupling
 from diffdistill.cli import main
 from diffdistill.config import ConfigError
 from diffdistill.data.fashion_mnist import load_fashion_mnist
@@ -33,6 +33,7 @@ from diffdistill.evaluation.sampling import Solved
 from diffdistill.generator import Generator
 from diffdistill.losses import pair_distance
 from diffdistill.process import VE
+from diffdistill.recipe import load_config
 from diffdistill.rng import Rng
 from diffdistill.teacher import Teacher
 
@@ -275,6 +276,25 @@ def test_the_command_makes_pairs_that_a_dmd_run_reads(teacher, tmp_path, capsys)
     assert "reads pairs, and data.pairs is missing" in refused(capsys, "train", without)
     recipe["data"]["pairs"] = str(tmp_path / "pairs")
     api.distill(recipe, say=lambda line: None)
+
+
+def test_a_run_draws_from_all_the_folders_it_names(teacher, tmp_path):
+    """As RF++ mixes inverted images with sampled pairs; a folder that does not fit is named."""
+    folders = [api.couple(teacher, tmp_path / name, count=n, steps=2, seed=n) for name, n in (("a", 3), ("b", 5))]
+    recipe = student_recipe(tmp_path, teacher)
+    recipe["method"], recipe["data"]["pairs"] = {"name": "dmd"}, [str(folder) for folder in folders]
+    del recipe["critic"]
+    run = api.distill(recipe, say=lambda line: None)
+    config = load_config(run / "config.yaml")
+    pairs = build.pair_stream(config, build.method(config, torch.device("cpu")), torch.device("cpu"), unit_noise=False)
+    each = [read_pairs(folder, torch.device("cpu"))[1] for folder in folders]
+    assert torch.equal(pairs.noise, torch.cat([part.noise for part in each])) and len(pairs.x0) == 8
+    assert torch.equal(pairs.x0[3:], each[1].x0) and torch.equal(pairs.labels[3:], each[1].labels)
+    drawn = pairs.draw(Rng((0, "draw"), range(64)))
+    assert len({tuple(x.flatten().tolist()) for x in drawn.x0}) == 8
+    write_recipe_of_pairs(dataclasses.replace(read_recipe(folders[1]), guidance=2.0), folders[1] / "pairs.json")
+    with pytest.raises(ConfigError, match=r"data\.pairs=.*/b has guidance 2\.0, and this run needs 1\.0"):
+        api.distill({**recipe, "output": str(tmp_path / "again")}, say=lambda line: None)
 
 
 @pytest.mark.parametrize(

@@ -353,6 +353,10 @@ REFUSED = {
         lambda: Generator(edm(unet()).seen_in(Rectified()), (1.0,)),
         "the generator speaks Rectified and its network VE",
     ),
+    "same noise": (
+        lambda: Generator(velocity(unet()), Rectified().grid(3), step_rule="same_noise"),
+        "takes Euler steps or renoises",
+    ),
     "heun": (lambda: Generator(edm(unet()), EDM_PAIR, step_rule="heun"), "adds fresh noise between its steps"),
     "vp euler": (
         lambda: Generator(steps(unet(), Prediction.V), (1000.0, 500.0), step_rule="euler"),

@@ -33,7 +33,9 @@ def test_bad_grids_are_refused_by_name():
     for grid in ((), (0.5, 0.5), (0.5, 0.7), (1.2, 0.5), (1.0, 0.0), (1.0, -0.5)):
         with pytest.raises(ValueError, match=r"generator\.grid"):
             Generator(model, grid)
-    with pytest.raises(ValueError, match="step_rule must be one of renoise, flow_map, euler, ddim, heun, got 'jump'"):
+    with pytest.raises(
+        ValueError, match="step_rule must be one of renoise, same_noise, flow_map, euler, ddim, heun, got 'jump'"
+    ):
         Generator(model, (1.0,), step_rule="jump")
 
 
@@ -75,6 +77,24 @@ def test_renoising_is_predict_then_perturb_with_fresh_noise(process):
     expected = generator.denoiser(state, at(grid[2], state))
     assert torch.equal(generator.rollout(x, None, rng("steps"), stop=2), expected)
     assert torch.equal(generator.sample(x, None, rng("steps")), expected)
+
+
+@pytest.mark.parametrize("process", processes(), ids=str)
+def test_the_same_noise_is_that_which_sampling_began_with(process):
+    grid = process.grid(4)[:3]
+    generator = Generator(network(process), grid, step_rule="same_noise")
+    x = generator.prior(rng("x"))
+    eps, state = rng("x").normal((2,)), x
+    for t, r in zip(grid[:2], grid[1:], strict=True):
+        state = process.perturb(generator.denoiser(state, at(t, state)).detach(), eps, at(r, state))
+    expected = generator.denoiser(state, at(grid[2], state))
+    torch.testing.assert_close(generator.sample(x, None, rng("s")), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_same_noise_is_not_added_to_what_keeps_some():
+    model = Denoiser(network(VE()).backbone, VE(), Prediction.F, clock="log_ratio", boundary=0.002)
+    with pytest.raises(ValueError, match=r"those of generator\.boundary=0\.002 keep some; take step_rule=renoise"):
+        Generator(model, (80.0, 1.0), step_rule="same_noise")
 
 
 @pytest.mark.parametrize("rule", STEP_RULES)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -132,6 +133,14 @@ def read_pairs(folder: Path, device: torch.device) -> tuple[PairRecipe, Pairs]:
                 )
             column[slots.start : slots.stop] = found
     return recipe, Pairs(columns["noise"], columns["x0"], columns.get("label"))
+
+
+def joined_pairs(parts: Sequence[Pairs]) -> Pairs:
+    """All pairs of several folders, each drawn as often as any other."""
+    if len(parts) == 1:
+        return parts[0]
+    labels = None if parts[0].labels is None else torch.cat([part.labels for part in parts])
+    return Pairs(torch.cat([part.noise for part in parts]), torch.cat([part.x0 for part in parts]), labels)
 
 
 def fingerprint(*networks: nn.Module) -> str:

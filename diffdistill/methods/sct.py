@@ -23,6 +23,7 @@ class SCT(ContinuousConsistency):
     class Config(ConsistencyConfig):
         pass
 
+    presets = ("cifar10",)
     needs_teacher = False
 
     def velocity(self, x_t: Tensor, t: Tensor, x0: Tensor, z: Tensor, cond: Condition) -> Tensor:

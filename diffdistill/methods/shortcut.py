@@ -49,6 +49,7 @@ class Shortcut(FlowMapMethod):
                 raise ValueError(f"method.clip must not be negative, got {self.clip}; 0 is none")
 
     reference = "Frans et al. 2024, arXiv:2410.12557"
+    presets = ("cifar10",)
     needs_teacher = False
 
     def __init__(self, config: Config, networks: Networks):
