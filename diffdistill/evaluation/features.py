@@ -57,7 +57,7 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, *, batch_images: int = 100) -> tuple[Tensor, Tensor | None]:
-        """Features and logits of images, on the CPU in float32, where the algebra in float64 follows.
+        """Features and logits of images, on the CPU in float32, or in float64 where the module computes in it.
 
         Args:
             images: float (N, 3, height, width) in [-1, 1].
@@ -78,13 +78,14 @@ class Extractor:
         for chunk in images.split(batch_images):
             chunk = chunk.to(parameter.device, parameter.dtype)
             passes.append(self.module((chunk + 1) * gain + self.input.low))
-        features = torch.cat([each[0].float().cpu() for each in passes])
+        kept = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        features = torch.cat([each[0].to("cpu", kept) for each in passes])
         if features.shape != (len(images), self.num_features) or not features.isfinite().all():
             raise ValueError(
                 f"{self.name} gave features {tuple(features.shape)} for {len(images)} images, or NaN among them; "
                 f"(N, {self.num_features}) and finite values were expected"
             )
-        return features, torch.cat([each[1].float().cpu() for each in passes]) if self.has_logits else None
+        return features, torch.cat([each[1].to("cpu", kept) for each in passes]) if self.has_logits else None
 
 
 def check_pair(real: Tensor, generated: Tensor):

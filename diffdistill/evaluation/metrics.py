@@ -116,24 +116,33 @@ def evaluate_images(
         labels: int64 (N,), the class that each image was asked for; None for images made without a class.
         reference: real images, seen through the same extractor.
     Returns:
+        the metrics of `evaluate_features`.
+    Raises:
+        ValueError: another extractor made the reference, a pixel is not finite, or a shape is wrong.
+    """
+    _refuse_unfit(images, labels, reference, extractor)
+    return evaluate_features(*extractor(quantise(images)), labels, reference, extractor)
+
+
+def evaluate_features(
+    features: Tensor, logits: Tensor | None, labels: Tensor | None, reference: Reference, extractor: Extractor
+) -> dict[str, float | int | str]:
+    """Every metric of a set of generated images, of which the extractor has made features.
+
+    Args:
+        features: (N, D), N > 3.
+        logits: (N, classes), or None.
+        labels, reference: as for `evaluate_images`.
+    Returns:
         frechet_distance, kid, precision, recall (k = 3), density, coverage (k = 5); extractor, num_samples,
         num_reference (images behind the neighbours and KID), num_moments (images behind the Frechet distance);
         diversity, the `spread` within classes as a share of the real images', or of all images where either side has no
         classes, and left out where there are not more images than classes; and class_accuracy, the share of images that
         the extractor's classifier gives the class asked for, where there are labels and a classifier.
     Raises:
-        ValueError: another extractor made the reference, a pixel is not finite, or a shape is wrong.
+        ValueError: another extractor made the reference, a value is not finite, or a shape is wrong.
     """
-    if reference.extractor_checksum != extractor.checksum:
-        raise ValueError(
-            f"the reference was made with the extractor {reference.extractor_checksum[:16]}, and {extractor.name} is "
-            f"{extractor.checksum[:16]}; build the reference again with build_reference"
-        )
-    if labels is not None and (labels.dtype != torch.int64 or labels.shape != images.shape[:1]):
-        raise ValueError(
-            f"labels must be int64 ({len(images)},), one for each image, got {labels.dtype} {tuple(labels.shape)}"
-        )
-    features, logits = extractor(quantise(images))
+    _refuse_unfit(features, labels, reference, extractor)
     found = overlap(reference.features, features)
     report = {
         "frechet_distance": frechet_distance(moments(features), reference.moments),
@@ -143,7 +152,7 @@ def evaluate_images(
         "density": found.density,
         "coverage": found.coverage,
         "extractor": extractor.name,
-        "num_samples": len(images),
+        "num_samples": len(features),
         "num_reference": len(reference.features),
         "num_moments": reference.moments.count,
     }
@@ -153,3 +162,16 @@ def evaluate_images(
     if labels is not None and logits is not None:
         report["class_accuracy"] = (logits.argmax(1) == labels.cpu()).double().mean().item()
     return report
+
+
+def _refuse_unfit(samples: Tensor, labels: Tensor | None, reference: Reference, extractor: Extractor) -> None:
+    """Refuses another extractor's reference, and labels that are not one for each of the samples."""
+    if reference.extractor_checksum != extractor.checksum:
+        raise ValueError(
+            f"the reference was made with the extractor {reference.extractor_checksum[:16]}, and {extractor.name} is "
+            f"{extractor.checksum[:16]}; build the reference again with build_reference"
+        )
+    if labels is not None and (labels.dtype != torch.int64 or labels.shape != samples.shape[:1]):
+        raise ValueError(
+            f"labels must be int64 ({len(samples)},), one for each image, got {labels.dtype} {tuple(labels.shape)}"
+        )
