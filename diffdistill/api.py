@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from diffdistill import build, checkpoint, coupling, joining, networks, run, spreading, trial
 from diffdistill.backbones.folder import MEANING, META
 from diffdistill.config import Config, ConfigError, DataConfig, DenoiserConfig, EvaluateConfig, TeacherConfig
-from diffdistill.evaluation.features import MOMENTS_FILE, Extractor, default_extractor
+from diffdistill.evaluation.extractors import open_extractor
+from diffdistill.evaluation.features import MOMENTS_FILE, Extractor
 from diffdistill.evaluation.frechet import load_moments
 from diffdistill.evaluation.metrics import Reference, build_reference, evaluate_images
 from diffdistill.evaluation.sampling import Solved, refuse_share, sample_images
@@ -379,7 +380,7 @@ def yardstick(config: EvaluateConfig, data: DataConfig, *, cache: Path, device: 
         raise ConfigError(
             "evaluate.features is missing; name the extractor's folder, e.g. checkpoints/fashion-features"
         )
-    extractor = default_extractor(Path(config.features), device=device)
+    extractor = open_extractor(config.features, input=config.input, device=device)
     reference = build_reference(
         build.images(data, "train"), extractor, cache=Path(config.cache) if config.cache else cache
     )

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from diffdistill.denoiser import CLOCKS
 from diffdistill.distances import DISTANCES, Distance
+from diffdistill.evaluation.convention import InputConvention
 from diffdistill.generator import FLOW_MAP, STEP_RULES, check_descending
 from diffdistill.player import RAW, ConstantDecay, PowerDecay
 from diffdistill.prediction import Prediction
@@ -273,7 +274,8 @@ class EvaluateConfig:
     samples: int = 2000
     batch: int = 256  # samples made at once, which does not change them
     seed: int = 1000  # of their noises
-    features: str = ""  # folder of the feature extractor
+    features: str = ""  # the feature extractor: a folder, a TorchScript file, or clip:NAME or dinov2:NAME of the hub
+    input: InputConvention | None = None  # what images a TorchScript file takes; InceptionV3 of 2015-12-05 needs none
     cache: str = ""  # where features of real data are kept; empty: the run's folder
 
     def __post_init__(self):

@@ -62,6 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {
         "denoiser",
         "distances",
+        "evaluation",
         "generator",
         "player",
         "prediction",
@@ -75,7 +76,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "memory": set(),
     "data": {"data", "method", "rng"},
     "coupling": {"checkpoint", "data", "denoiser", "evaluation", "generator", "rng", "tqdm"},
-    "evaluation": {"evaluation", "data", "denoiser", "generator", "teacher", "solvers", "rng", "tqdm"},
+    "evaluation": {"evaluation", "data", "denoiser", "generator", "teacher", "solvers", "rng", "tqdm", "transformers"},
     "backbones": {"backbones", "denoiser", "process", "prediction", "told", "diffusers", "huggingface_hub"},
     "exporting": {
         "exporting",
@@ -105,7 +106,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo": {"api", "cli", "config", "data", "evaluation", "generator", "recipe"},
 }
 ANYWHERE = {"torch", "numpy", "PIL", "safetensors", *sys.stdlib_module_names}
-ONLY_INSIDE_FUNCTIONS = {"diffusers", "flash_jvp", "huggingface_hub", "omegaconf", "wandb"}
+ONLY_INSIDE_FUNCTIONS = {"diffusers", "flash_jvp", "huggingface_hub", "omegaconf", "transformers", "wandb"}
 
 
 def room(path: Path) -> str:

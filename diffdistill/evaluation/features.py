@@ -17,22 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diffdistill.evaluation.convention import InputConvention
+from diffdistill.evaluation.resize import RESIZES
+
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 MOMENTS_FILE = "train60k_moments.safetensors"
-
-
-@dataclass(frozen=True)
-class InputConvention:
-    """What images a network takes: (N, 3, height, width), black at low and white at high.
-
-    A network that resizes by itself still states one size; images of any other size are refused.
-    """
-
-    height: int
-    width: int
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +36,8 @@ class Extractor:
         input: the images that the module takes.
         has_logits: whether the module also classifies.
         checksum: SHA-256 of the weights, as hex; values of different checksums are never compared.
+        knows_classes: whether its classes are those of the images, so that it tells their accuracy.
+        published: whether its Frechet distances at 50,000 samples stand beside published ones, as FID.
     """
 
     name: str
@@ -54,29 +46,35 @@ class Extractor:
     input: InputConvention
     has_logits: bool
     checksum: str
+    knows_classes: bool = True
+    published: bool = False
 
     @torch.no_grad()
     def __call__(self, images: Tensor, *, batch_images: int = 100) -> tuple[Tensor, Tensor | None]:
         """Features and logits of images, on the CPU in float32, or in float64 where the module computes in it.
 
         Args:
-            images: float (N, 3, height, width) in [-1, 1].
+            images: float (N, 3, height, width) in [-1, 1]; of any size where the input convention resizes.
             batch_images: images in one pass through the module.
         Returns:
             features (N, D); and logits (N, classes), or None where the module has none.
         Raises:
             ValueError: another shape, or features that are not finite.
         """
-        if images.shape[1:] != (3, self.input.height, self.input.width) or len(images) == 0:
+        size, resizes = (self.input.height, self.input.width), self.input.resize != "none"
+        if images.ndim != 4 or images.shape[1] != 3 or not (resizes or images.shape[2:] == size) or not len(images):
+            wanted = "any height, any width" if resizes else f"{size[0]}, {size[1]}"
             raise ValueError(
-                f"{self.name} takes images (N, 3, {self.input.height}, {self.input.width}) with N >= 1, "
-                f"got {tuple(images.shape)}; resize them, or choose another extractor"
+                f"{self.name} takes images (N, 3, {wanted}) with N >= 1, got {tuple(images.shape)}; "
+                "resize them, or choose another extractor"
             )
         parameter = next(self.module.parameters())
         gain = (self.input.high - self.input.low) / 2
         passes = []
         for chunk in images.split(batch_images):
             chunk = chunk.to(parameter.device, parameter.dtype)
+            if resizes:
+                chunk = RESIZES[self.input.resize](chunk, *size)
             passes.append(self.module((chunk + 1) * gain + self.input.low))
         kept = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         features = torch.cat([each[0].to("cpu", kept) for each in passes])

@@ -15,12 +15,17 @@ from torch import Tensor
 
 from diffdistill.data.image_set import ImageSet
 from diffdistill.evaluation.diversity import spread
+from diffdistill.evaluation.extrapolation import extrapolated_distance, extrapolates, kernel_distance_error
 from diffdistill.evaluation.features import Extractor
 from diffdistill.evaluation.frechet import Moments, frechet_distance, moments
+from diffdistill.evaluation.inception_score import inception_score
 from diffdistill.evaluation.kid import kernel_distance
 from diffdistill.evaluation.manifold import overlap
 
 CHUNK_IMAGES = 2000
+FID_SAMPLES = 50_000  # of published values
+SPLITS = 10  # of the inception score
+GROUPS = 8  # of samples, left out one at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +130,13 @@ def evaluate_images(
 
 
 def evaluate_features(
-    features: Tensor, logits: Tensor | None, labels: Tensor | None, reference: Reference, extractor: Extractor
+    features: Tensor,
+    logits: Tensor | None,
+    labels: Tensor | None,
+    reference: Reference,
+    extractor: Extractor,
+    *,
+    errors: bool = False,
 ) -> dict[str, float | int | str]:
     """Every metric of a set of generated images, of which the extractor has made features.
 
@@ -133,12 +144,16 @@ def evaluate_features(
         features: (N, D), N > 3.
         logits: (N, classes), or None.
         labels, reference: as for `evaluate_images`.
+        errors: also what few samples leave open, which takes some seconds: kid_error, and with enough samples
+            extrapolated_distance and extrapolated_error (see `extrapolation`).
     Returns:
         frechet_distance, kid, precision, recall (k = 3), density, coverage (k = 5); extractor, num_samples,
         num_reference (images behind the neighbours and KID), num_moments (images behind the Frechet distance);
         diversity, the `spread` within classes as a share of the real images', or of all images where either side has no
-        classes, and left out where there are not more images than classes; and class_accuracy, the share of images that
-        the extractor's classifier gives the class asked for, where there are labels and a classifier.
+        classes, and left out where there are not more images than classes; class_accuracy, the share of images that
+        the extractor's classifier gives the class asked for, where there are labels and it knows them; inception_score
+        and inception_score_deviation where it classifies; and fid, which is the Frechet distance under the name that
+        only InceptionV3 at 50,000 samples has.
     Raises:
         ValueError: another extractor made the reference, a value is not finite, or a shape is wrong.
     """
@@ -159,9 +174,29 @@ def evaluate_features(
     ours, theirs = (None, None) if labels is None or reference.labels is None else (labels.cpu(), reference.labels)
     if ours is None or len(ours) > len(ours.unique()):
         report["diversity"] = spread(features, ours) / spread(reference.features, theirs)
-    if labels is not None and logits is not None:
+    if labels is not None and logits is not None and extractor.knows_classes:
         report["class_accuracy"] = (logits.argmax(1) == labels.cpu()).double().mean().item()
+    if logits is not None and len(logits) >= SPLITS:
+        report["inception_score"], report["inception_score_deviation"] = inception_score(logits, splits=SPLITS)
+    if extractor.published and len(features) >= FID_SAMPLES:
+        report["fid"] = report["frechet_distance"]
+    if errors and len(features) >= 2 * GROUPS:
+        report["kid_error"] = kernel_distance_error(reference.features, features, labels=labels, groups=GROUPS)
+    if errors and extrapolates(len(features), features.shape[1], groups=GROUPS):
+        found = extrapolated_distance(features, reference.moments, labels=labels, groups=GROUPS)
+        report["extrapolated_distance"], report["extrapolated_error"] = found
     return report
+
+
+def class_accuracies(logits: Tensor, labels: Tensor) -> dict[int, float]:
+    """For each class asked for, the share of its images that a classifier takes for it.
+
+    Args:
+        logits: (N, classes).
+        labels: int64 (N,).
+    """
+    right = (logits.argmax(1) == labels.cpu()).double()
+    return {label: right[labels == label].mean().item() for label in labels.unique().tolist()}
 
 
 def _refuse_unfit(samples: Tensor, labels: Tensor | None, reference: Reference, extractor: Extractor) -> None:
