@@ -7,8 +7,6 @@ samples, labels = api.sample(run, 40)
 api.export(run, "my-pipeline")
 """
 
-import copy
-import dataclasses
 import shutil
 import signal
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -19,12 +17,11 @@ from torch import Tensor, nn
 
 from diffdistill import build, checkpoint, coupling, joining, networks, run, spreading, trial
 from diffdistill.backbones.folder import MEANING, META
-from diffdistill.config import Config, ConfigError, DataConfig, DenoiserConfig, EvaluateConfig, TeacherConfig
-from diffdistill.evaluation.extractors import open_extractor
-from diffdistill.evaluation.features import MOMENTS_FILE, Extractor
-from diffdistill.evaluation.frechet import load_moments
-from diffdistill.evaluation.metrics import Reference, build_reference, evaluate_images
-from diffdistill.evaluation.sampling import Solved, refuse_share, sample_images
+from diffdistill.config import Config, ConfigError, DataConfig
+from diffdistill.evaluating import evaluate as evaluate
+from diffdistill.evaluating import evaluate_all as evaluate_all
+from diffdistill.evaluating import yardstick as yardstick
+from diffdistill.evaluation.sampling import Solved, sample_images
 from diffdistill.exporting import (
     TOLERANCE,
     RelayPipeline,
@@ -36,18 +33,16 @@ from diffdistill.exporting import (
     write_relay,
     write_routed,
 )
-from diffdistill.generator import Generator, Sampler
+from diffdistill.generator import Sampler
 from diffdistill.hooks import Evaluation, Pictures
+from diffdistill.loading import TEACHER_STEPS, load, only, opened, trained
 from diffdistill.memory import OutOfMemory, memory_for
-from diffdistill.methods import METHODS
-from diffdistill.player import RAW
 from diffdistill.recipe import flat, load_config, parse, plain, typed
 from diffdistill.relay import Relay
 from diffdistill.routed import Routed
 from diffdistill.teacher import Teacher
 from diffdistill.trainer import UNLIMITED, Budget, Every, Trainer
 
-TEACHER_STEPS = 18  # of a teacher's folder, where nothing else is asked for
 SAMPLE_BATCH = 64
 
 
@@ -165,50 +160,6 @@ def as_config(config: Config | Mapping | str | Path, overrides: Sequence[str] = 
     return config if isinstance(config, Config) else parse(config)
 
 
-def load(
-    folder: str | Path,
-    *,
-    weights: str = "",
-    grid: Sequence[float] = (),
-    guidance: float | None = None,
-    device: str = "cpu",
-) -> Sampler | Teacher:
-    """What a run samples with, or the teacher of any other folder that `teacher.path` may name, ready to sample.
-
-    Args:
-        folder: the output of `distill`, or a denoiser's or diffusers' folder.
-        weights: of a run: "raw", or the name of an average; empty for its first average, or raw where it has none.
-        grid: of a run: the times to sample at, in place of its own, as a consistency function and a flow map can.
-        guidance: of a run whose network is told its scale: another than its own.
-    Raises:
-        ConfigError, CheckpointError: nothing to load there, or it does not fit.
-    """
-    folder = Path(folder)
-    if run.is_run(folder):
-        config = _sampled_at(folder, run.read_config(folder), grid, guidance)
-        return _trained(folder, config, weights, device)[0]
-    for name, value in (("weights", weights if weights != RAW else ""), ("grid", grid), ("guidance", guidance)):
-        if value:
-            raise ConfigError(f"{folder} is no run, so {name}={value!r} cannot be chosen; leave it out")
-    return Teacher(networks.teacher_denoiser(TeacherConfig(str(folder)), device=device)[0])
-
-
-def _sampled_at(folder: Path, config: Config, grid: Sequence[float], guidance: float | None) -> Config:
-    """The config of a run, sampled at other times or another scale."""
-    wanted = config.generator
-    if guidance is not None and wanted.guidance is None:
-        raise ConfigError(f"{folder} has a network that is told no scale; leave out guidance={guidance}")
-    if guidance is not None:
-        low, high = config.method.guidance_range
-        if not low <= guidance <= high:
-            raise ConfigError(f"guidance={guidance} is not among the scales that {folder} learnt, {low:g} to {high:g}")
-    changes = {"grid": tuple(grid) or wanted.grid, "guidance": wanted.guidance if guidance is None else guidance}
-    try:
-        return dataclasses.replace(config, generator=dataclasses.replace(wanted, **changes))
-    except ValueError as error:
-        raise ConfigError(f"{folder} sampled at grid={list(grid)}: {error}") from error
-
-
 def sample(
     source: str | Path | Sampler | Solved,
     count: int,
@@ -235,32 +186,6 @@ def sample(
         chosen = {"weights": weights, "grid": grid, "guidance": guidance}
         source = opened(Path(source), **chosen, teacher_steps=teacher_steps, device=device)
     return sample_images(source, count, seed=seed, batch=batch, labels=labels)
-
-
-def opened(
-    folder: Path,
-    *,
-    weights: str = "",
-    grid: Sequence[float] = (),
-    guidance: float | None = None,
-    teacher_steps: int = 0,
-    device: str = "cpu",
-) -> Sampler | Solved:
-    """What a folder holds, with its steps; the arguments are those of `sample`."""
-    if teacher_steps < 0:
-        raise ConfigError(f"teacher_steps must not be negative, got {teacher_steps}")
-    if teacher_steps and (grid or guidance is not None):
-        raise ConfigError(f"teacher_steps={teacher_steps} is a grid of its own; leave out grid and guidance, or it")
-    if teacher_steps and run.is_run(folder):
-        config = run.read_config(folder)
-        if config.teacher is not None and METHODS[config.method_name].needs_teacher:
-            return Solved(networks.teacher(config, torch.device(device)), teacher_steps)
-    loaded = load(folder, weights=weights, grid=grid, guidance=guidance, device=device)
-    if isinstance(loaded, Teacher) and not (teacher_steps or (folder / MEANING).is_file()):
-        raise ConfigError(f"{folder} does not say in how many steps it is sampled; give them as the teacher's steps")
-    if isinstance(loaded, Teacher):
-        return Solved(loaded, teacher_steps or TEACHER_STEPS)
-    return Solved(Teacher(_only(loaded, folder).denoiser), teacher_steps) if teacher_steps else loaded
 
 
 def couple(
@@ -301,7 +226,7 @@ def couple(
     state = build.processes(device)  # first: it gives each process a GPU of its own
     loaded = load(source, weights=weights, device=device)
     if isinstance(loaded, Teacher) or steps:
-        denoiser = (loaded if isinstance(loaded, Teacher) else _only(loaded, source)).denoiser
+        denoiser = (loaded if isinstance(loaded, Teacher) else only(loaded, source)).denoiser
         networks.refuse_unguidable(denoiser, guidance, source)
         found: coupling.Source = Solved(Teacher(denoiser, guidance=guidance), steps or TEACHER_STEPS, solver, start)
         if data:
@@ -330,64 +255,6 @@ def couple(
         coupling.make_pairs(found, recipe, folder, batch=batch, numbers=own, bar=state.is_main_process)
         state.wait_for_everyone()
     return folder
-
-
-def evaluate(
-    source: str | Path,
-    *,
-    weights: str = "",
-    grid: Sequence[float] = (),
-    guidance: float | None = None,
-    teacher_steps: int = 0,
-    data: Mapping | None = None,
-    settings: Mapping | None = None,
-    device: str = "cpu",
-) -> dict[str, float | int | str]:
-    """The numbers of `evaluation.metrics.evaluate_images`, of samples against real images.
-
-    Args:
-        source: a run or a denoiser's folder.
-        weights, grid, guidance, teacher_steps: as for `sample`.
-        data: keys of DataConfig; None for the run's own.
-        settings: keys of EvaluateConfig that differ from the run's own.
-    Raises:
-        ConfigError, ValueError: no extractor or no real images are named, or something does not fit.
-    """
-    folder = Path(source)
-    own = run.read_config(folder) if run.is_run(folder) else None
-    before = plain(EvaluateConfig() if own is None else own.evaluate)
-    chosen = typed(EvaluateConfig, before | dict(settings or {}), "evaluate")
-    if data is None and own is None:
-        raise ConfigError(
-            f"{folder} does not say which real images to compare with; name them, e.g. data.name=fashion_mnist"
-        )
-    real = own.data if data is None else typed(DataConfig, dict(data), "data")
-    steps = {"grid": grid, "guidance": guidance, "teacher_steps": teacher_steps}
-    loaded = opened(folder, weights=weights, **steps, device=device)
-    refuse_share(loaded)
-    extractor, reference = yardstick(chosen, real, cache=folder / "cache", device=device)
-    samples, labels = sample_images(loaded, chosen.samples, seed=chosen.seed, batch=chosen.batch)
-    return evaluate_images(samples.float(), labels, reference, extractor)
-
-
-def yardstick(config: EvaluateConfig, data: DataConfig, *, cache: Path, device: str) -> tuple[Extractor, Reference]:
-    """The extractor that a config names, and the real images seen through it.
-
-    The training images of `data` are behind every metric but the Frechet distance, which takes the moments that lie in
-    the extractor's folder, if there are any: those are of a full training set.
-    """
-    if not config.features:
-        raise ConfigError(
-            "evaluate.features is missing; name the extractor's folder, e.g. checkpoints/fashion-features"
-        )
-    extractor = open_extractor(config.features, input=config.input, device=device)
-    reference = build_reference(
-        build.images(data, "train"), extractor, cache=Path(config.cache) if config.cache else cache
-    )
-    known = Path(config.features) / MOMENTS_FILE
-    if data.name == "fashion_mnist" and known.is_file():
-        reference = reference.with_moments(load_moments(known, checksum=extractor.checksum))
-    return extractor, reference
 
 
 def export(
@@ -424,7 +291,7 @@ def export(
         return write_relay(loaded, Path(folder), replace=replace, **options)
     if isinstance(loaded, Routed):
         return write_routed(loaded, Path(folder), replace=replace, **options)
-    return write_pipeline(_only(loaded, source), Path(folder), replace=replace, **options)
+    return write_pipeline(only(loaded, source), Path(folder), replace=replace, **options)
 
 
 def load_routed(folder: str | Path, *, device: str = "cpu") -> RoutedPipelines:
@@ -470,8 +337,8 @@ def export_denoiser(
     if folder.exists() and not (replace and (folder / MEANING).is_file()):
         raise ConfigError(f"{folder} exists; choose another folder, or replace an earlier export of this kind")
     config = run.read_config(source)
-    loaded, meaning = _trained(source, config, weights)
-    model = _only(loaded, source).denoiser
+    loaded, meaning = trained(source, config, weights)
+    model = only(loaded, source).denoiser
     beside = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(beside, ignore_errors=True)
     networks.write_denoiser(model, meaning, beside, half=half)
@@ -500,30 +367,6 @@ def check(config: Config | Mapping | str | Path, overrides: Sequence[str] = (), 
         with memory_for("the trial"):
             report.append(str(trial.trial(config)))
     return "\n".join(report)
-
-
-def _trained(folder: Path, config: Config, weights: str, device: str = "cpu") -> tuple[Sampler, DenoiserConfig]:
-    """What a run samples with, under the weights asked for, and the meaning of its networks."""
-    chosen = weights or next(iter(config.averages), RAW)
-    if chosen not in (RAW, *config.averages):
-        raise ConfigError(f"{folder} has no weights {chosen!r}; known are {', '.join((RAW, *config.averages))}")
-    if config.generator.network is not None or config.teacher is not None:  # all weights are replaced below
-        config = dataclasses.replace(config, generator=dataclasses.replace(config.generator, init_from=""))
-    start, meaning = networks.starting_denoiser(config)
-    start = start.to(networks.DTYPES[config.train.precision])
-    kind = METHODS[config.method_name]
-    sampler = kind.new_sampler(config.method, lambda: networks.generator(config, copy.deepcopy(start)))
-    for player, part in sampler.parts.items():
-        checkpoint.initialise(dict(part.denoiser.named_parameters()), folder, player=player, weights=chosen)
-        part.denoiser.to(device)
-    return sampler, meaning
-
-
-def _only(sampler: Sampler, source: str | Path) -> Generator:
-    """The generator of a run that has one; a run of several has no single network to speak of."""
-    if not isinstance(sampler, Generator):
-        raise ConfigError(f"{source} has {len(sampler.parts)} generators, and this needs a run with one")
-    return sampler
 
 
 def _hooks(config: Config, device: torch.device) -> list[Every]:

@@ -189,8 +189,9 @@ def parser() -> argparse.ArgumentParser:
     evaluate = command(
         "evaluate",
         _evaluate,
-        "Measure samples against real images.",
+        "Measure samples against real images: of one source, or of many side by side, quality against cost.",
         "diffdistill evaluate runs/fashion-dmd2 evaluate.features=checkpoints/fashion-features",
+        "diffdistill evaluate runs/a runs/b --grid 80 --grid 80,0.982 --teacher-steps 1,4,18 --out table.json",
         "diffdistill evaluate checkpoints/fashion-edm data.name=fashion_mnist "
         "evaluate.features=checkpoints/fashion-features evaluate.cache=cache",
     )
@@ -212,22 +213,43 @@ def parser() -> argparse.ArgumentParser:
         default=1e-5,
         help="largest difference of the pipeline from the generator (%(default)s)",
     )
-    for part in (sample, couple, evaluate, export):
+    evaluate.add_argument(
+        "sources", nargs="+", metavar="RUN|FOLDER", help="output of train, a denoiser's folder, or a stock pipeline's"
+    )
+    evaluate.add_argument("--table", action="store_true", help="a row for each, even of one source; its teacher's too")
+    evaluate.add_argument("--cost", action="store_true", help="time one source as well; tables always do")
+    evaluate.add_argument("--no-cost", action="store_true", help="a table without times")
+    evaluate.add_argument(
+        "--against-teacher",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="compare a run with its teacher in so many steps",
+    )
+    for part in (sample, couple, export):
         part.add_argument("source", type=Path, metavar="RUN|FOLDER", help="output of train, or a denoiser's folder")
+    for part in (sample, couple, evaluate, export):
         part.add_argument(
             "--weights", default="", metavar="raw|AVERAGE", help="of a run; its first average, if it has one"
         )
-    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="keys of evaluate and data")
+    evaluate.set_defaults(overrides=[])
     couple.add_argument(
         "overrides", nargs="*", metavar="key=value", help="keys of data: pairs of these images, taken back to noise"
     )
     for part in (sample, evaluate, export):
         part.add_argument(
-            "--grid", type=_times, default=(), metavar="T,T", help="of a run: other times than its own, e.g. 80,0.982"
+            "--grid",
+            type=_times,
+            **({"action": "append", "default": []} if part is evaluate else {"default": ()}),
+            metavar="T,T",
+            help="of a run: other times than its own, e.g. 80,0.982"
+            + ("; given again, a row for each" if part is evaluate else ""),
         )
         part.add_argument("--guidance", type=float, metavar="W", help="of a run that is told its scale: another one")
-    for part in (sample, evaluate):
-        part.add_argument("--teacher-steps", type=int, default=0, help="the teacher in so many steps, not the student")
+    sample.add_argument("--teacher-steps", type=int, default=0, help="the teacher in so many steps, not the student")
+    evaluate.add_argument(
+        "--teacher-steps", type=_counts, default=[], metavar="N,N", help="the teacher in so many steps; one: it alone"
+    )
     for part in (sample, couple, evaluate):
         part.add_argument("--device", default="cpu", choices=("cpu", "cuda", "mps"))
 
@@ -324,24 +346,71 @@ def _couple(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from diffdistill.api import evaluate
+    from diffdistill import api
     from diffdistill.recipe import sections
 
-    given = sections(options.overrides, ("data", "evaluate"))
-    found = evaluate(
-        options.source,
-        **_steps(options),
-        teacher_steps=options.teacher_steps,
-        data=given["data"] or None,
-        settings=given["evaluate"],
-        device=options.device,
-    )
-    width = max(len(name) for name in found)
-    for name, value in found.items():
-        print(f"{name:<{width}}  {value:.6g}" if isinstance(value, float) else f"{name:<{width}}  {value}")
+    words = [*(word for word in options.sources if "=" in word), *options.overrides]
+    sources = [Path(word) for word in options.sources if "=" not in word]
+    given = sections(words, ("data", "evaluate", "call"))
+    shared = {
+        "weights": options.weights,
+        "guidance": options.guidance,
+        "data": given["data"] or None,
+        "settings": given["evaluate"],
+        "call": given["call"] or None,
+        "device": options.device,
+    }
+    if options.table or max(len(sources), len(options.grid), len(options.teacher_steps)) > 1:
+        if options.against_teacher:
+            raise ValueError("--against-teacher is for one source; leave it out of a table")
+        found: Any = api.evaluate_all(
+            sources, grids=options.grid, teacher_steps=options.teacher_steps, cost=not options.no_cost, **shared
+        )
+        shown = _table(found)
+    else:
+        found = api.evaluate(
+            sources[0],
+            grid=options.grid[0] if options.grid else (),
+            teacher_steps=options.teacher_steps[0] if options.teacher_steps else 0,
+            cost=options.cost,
+            against_teacher=options.against_teacher,
+            **shared,
+        )
+        shown = "\n".join(_lines(found))
+    if os.environ.get("RANK", "0") != "0":  # the others of torchrun found the same
+        return
+    print(shown)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    """Names and numbers one below the other; what belongs together stands under its name."""
+    simple = {name: value for name, value in found.items() if not isinstance(value, dict)}
+    width = max((len(name) for name in simple), default=0)
+    lines = [
+        f"{name:<{width}}  {value:.6g}" if isinstance(value, float) else f"{name:<{width}}  {value}"
+        for name, value in simple.items()
+    ]
+    for name, inner in found.items():
+        if isinstance(inner, dict) and all(isinstance(value, dict) for value in inner.values()):
+            lines += [
+                f"{name} {key}: " + "  ".join(f"{n} {v:.3f}" for n, v in row.items()) for key, row in inner.items()
+            ]
+        elif isinstance(inner, dict):
+            lines += [f"{name}: {line}" for line in _lines(inner)]
+    return lines
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    from diffdistill.evaluation.front import table
+
+    first = rows[0]
+    return (
+        f"{table(rows)}\n\n* none is better at as few evaluations. {first['extractor']}, {first['num_samples']:,} "
+        f"samples; FD against the moments of {first['num_moments']:,} real images."
+    )
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -361,6 +430,10 @@ def _steps(options: argparse.Namespace) -> dict[str, Any]:
 
 def _times(text: str) -> tuple[float, ...]:
     return tuple(float(time) for time in text.split(","))
+
+
+def _counts(text: str) -> list[int]:
+    return [int(count) for count in text.split(",")]
 
 
 def _join(options: argparse.Namespace) -> None:

@@ -80,6 +80,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backbones": {"backbones", "denoiser", "process", "prediction", "told", "diffusers", "huggingface_hub"},
     "exporting": {
         "exporting",
+        "evaluation",
         "relay",
         "denoiser",
         "generator",
@@ -98,11 +99,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trial": {"backbones", "build", "config", "memory", "method", "methods", "networks", "trainer"},
     "build": {"*", "accelerate"},
     "api": {"*"},
+    "loading": {"*"},
+    "evaluating": {"*"},
     "pages": {"pages"},
     "comparing": {"*"},
     "cost": NETWORKS | {"backbones", "config", "method"},
     "catalogue": {"config", "cost", "method", "methods", "recipe", "yaml"},
-    "cli": {"api", "catalogue", "comparing", "hooks", "kmeans", "memory", "methods", "recipe", "trainer"},
+    "cli": {"api", "catalogue", "evaluation", "comparing", "hooks", "kmeans", "memory", "methods", "recipe", "trainer"},
     "demo": {"api", "cli", "config", "data", "evaluation", "generator", "recipe"},
 }
 ANYWHERE = {"torch", "numpy", "PIL", "safetensors", *sys.stdlib_module_names}

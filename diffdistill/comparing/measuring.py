@@ -7,14 +7,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from diffdistill.config import ConfigError
 from diffdistill.denoiser import Denoiser
+from diffdistill.evaluation.cost import evaluations_per_sample, num_parameters
 from diffdistill.evaluation.features import Extractor
 from diffdistill.evaluation.grid import image_grid
 from diffdistill.evaluation.metrics import Reference, evaluate_images
-from diffdistill.evaluation.sampling import Solved, denoisers, sample_images
+from diffdistill.evaluation.sampling import Solved, denoisers, fingerprint, sample_images
 from diffdistill.generator import Sampler
 
 MEASURED = "measured"  # of the output: numbers and picture of each row
@@ -71,7 +70,7 @@ class Ruler:
             "key": key,
             "metrics": evaluate_images(images.float(), labels, self.reference, self.extractor),
             "evaluations": evaluations_per_sample(source),
-            "num_parameters": sum(p.numel() for model in denoisers(source) for p in model.parameters()),
+            "num_parameters": num_parameters(denoisers(source)),
             "columns": columns,
             "picture": f"{MEASURED}/{picture.name}",
         }
@@ -84,47 +83,17 @@ class Ruler:
 
     def _key(self, source: Sampler | Solved) -> str:
         """What the numbers depend on, as a hash."""
-        digest = hashlib.sha256()
-        for model in denoisers(source):
-            for parameter in model.parameters():
-                digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
         said = (
+            fingerprint(source),
             self.extractor.checksum,
             self.reference.content_hash,
             self.reference.moments.count,
             self.samples,
             self.seed,
         )
-        digest.update(repr((said, _in_words(source))).encode())
-        return digest.hexdigest()
-
-
-def evaluations_per_sample(source: Sampler | Solved) -> float:
-    """How many times a network is evaluated for one sample, counted; both branches of guidance count."""
-    rows = 0
-
-    def count(module, inputs, output) -> None:
-        nonlocal rows
-        rows += len(output)
-
-    count_samples = max(1, denoisers(source)[0].backbone.num_classes)  # one of each class, if a router sends them apart
-    handles = [model.backbone.register_forward_hook(count) for model in denoisers(source)]
-    try:
-        sample_images(source, count_samples, seed=0, batch=count_samples)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return rows / count_samples
+        return hashlib.sha256(repr(said).encode()).hexdigest()
 
 
 def _columns(num_classes: int) -> int:
     """Columns of the picture: at most ten, so that a column has one class where the classes are few."""
     return 10 if num_classes in (0, 1) or num_classes >= 10 else (10 // num_classes) * num_classes
-
-
-def _in_words(source: Sampler | Solved) -> str:
-    if isinstance(source, Solved):
-        return f"{source.teacher.denoiser.process} {source.steps} {source.solver} {source.teacher.guidance}"
-    return f"{type(source).__name__} " + " ".join(
-        f"{name} {part.process} {part.grid} {part.step_rule}" for name, part in source.parts.items()
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,23 +93,56 @@ def sample_images(
     """
     if count < 1 or batch < 1:
         raise ValueError(f"count and batch must be at least 1, got {count} and {batch}")
-    networks = denoisers(source)
-    denoiser = networks[0]
-    known = source.classes if isinstance(source, Sampler) else range(denoiser.backbone.num_classes)
-    wanted = _labels(labels, count, known)
+    wanted = _labels(labels, count, classes_of(source))
     length = -(-count // ranks)
     own = [min(index, count - 1) for index in range(rank * length, (rank + 1) * length)]
-    parameter = next(denoiser.parameters())
     made = []
     bar = tqdm(total=length, desc=progress, unit="image", leave=False, disable=not progress, dynamic_ncols=True)
-    with torch.no_grad(), evaluating(*networks), bar:
+    with evaluating(*denoisers(source)), bar:
         for first in range(0, length, batch):
             slots = own[first : first + batch]
-            cond = {} if wanted is None else {"label": wanted[slots].to(parameter.device)}
-            rng = Rng((seed, "sample"), slots, device=parameter.device, dtype=parameter.dtype)
-            made.append(source.sample(source.prior(rng), cond, rng).cpu())
+            made.append(draw(source, slots, None if wanted is None else wanted[slots], seed=seed))
             bar.update(len(slots))
     return torch.cat(made), None if wanted is None else wanted[own]
+
+
+@torch.no_grad()
+def draw(source: Sampler | Solved, slots: Sequence[int], labels: Tensor | None, *, seed: int) -> Tensor:
+    """The samples `slots`, shape (N, *sample_shape), on the CPU, in the mode that the networks are in.
+
+    Args:
+        labels: int64 (N,), or None without classes.
+    """
+    parameter = next(denoisers(source)[0].parameters())
+    cond = {} if labels is None else {"label": labels.to(parameter.device)}
+    rng = Rng((seed, "sample"), slots, device=parameter.device, dtype=parameter.dtype)
+    return source.sample(source.prior(rng), cond, rng).cpu()
+
+
+def classes_of(source: Sampler | Solved) -> Sequence[int]:
+    """The labels that a source can be asked for; none without classes."""
+    return source.classes if isinstance(source, Sampler) else range(denoisers(source)[0].backbone.num_classes)
+
+
+def fingerprint(source: Sampler | Solved) -> str:
+    """SHA-256 of what its samples depend on beside their noise: the weights, the times, how it gets from one to the
+    next."""
+    digest = hashlib.sha256()
+    for model in denoisers(source):
+        for parameter in model.parameters():
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    digest.update(_in_words(source).encode())
+    return digest.hexdigest()
+
+
+def _in_words(source: Sampler | Solved) -> str:
+    if isinstance(source, Solved):
+        model, guidance = source.teacher.denoiser, source.teacher.guidance
+        return f"{model.process} {source.steps} {source.solver} {source.start} {guidance}"
+    return f"{type(source).__name__} " + " ".join(
+        f"{name} {part.process} {part.grid} {part.step_rule} {part.guidance} {part.denoiser.boundary}"
+        for name, part in source.parts.items()
+    )
 
 
 def denoisers(source: Sampler | Solved) -> list[Denoiser]:

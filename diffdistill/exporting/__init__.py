@@ -3,6 +3,7 @@
 from diffdistill.exporting.card import snippet
 from diffdistill.exporting.compare import Replay
 from diffdistill.exporting.exporters import EXPORTERS
+from diffdistill.exporting.opened import StockPipeline, is_pipeline
 from diffdistill.exporting.relay import RelayPipeline, RelayReport, write_relay
 from diffdistill.exporting.routed import RoutedPipelines, RoutedReport, write_routed
 from diffdistill.exporting.stock import Refusal, Stock
@@ -19,6 +20,8 @@ __all__ = [
     "RoutedPipelines",
     "RoutedReport",
     "Stock",
+    "StockPipeline",
+    "is_pipeline",
     "snippet",
     "write_pipeline",
     "write_relay",

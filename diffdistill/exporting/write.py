@@ -1,6 +1,7 @@
 """Write a generator as a stock pipeline, reopen it, compare, and only then give it its name."""
 
 import contextlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from diffdistill.exporting.place import beside, require_free
 from diffdistill.exporting.stock import request
 from diffdistill.generator import Generator
 
+INDEX = "model_index.json"  # diffusers' own, of every pipeline
+VERIFY = "verify.json"  # how an export is called, and how far it was from the generator
 TOLERANCE = 1e-5  # absolute, of samples in about [-1, 1]: the rounding of float32 through a network
 
 
@@ -71,10 +74,11 @@ def write_pipeline(
         Refusal: no stock class expresses the generator; the message has the reasons and alternatives.
         ValueError: the folder exists, or the difference is too large.
     """
+    import diffusers
     from diffusers import DiffusionPipeline
 
     folder = Path(folder)
-    require_free(folder, replace, marker="model_index.json")
+    require_free(folder, replace, marker=INDEX)
     asked = request(generator, vae, dtype)
     stock = find(asked)
     with beside(folder) as made:
@@ -93,6 +97,15 @@ def write_pipeline(
             )
         text = card(stock, num_classes=asked.num_classes, num_steps=len(asked.grid), difference=difference)
         (made / "README.md").write_text(text)
+        said = {
+            "call": dict(stock.call),
+            "takes_batch_size": stock.takes_batch_size,
+            "takes_labels": stock.takes_labels,
+            "num_classes": asked.num_classes,
+            "difference": difference,
+            "diffusers": diffusers.__version__,
+        }
+        (made / VERIFY).write_text(json.dumps(said, indent=1) + "\n")
     return Report(
         folder,
         type(stock.pipeline).__name__,
