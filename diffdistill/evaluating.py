@@ -25,6 +25,8 @@ from diffdistill.loading import load, opened
 from diffdistill.methods import METHODS
 from diffdistill.recipe import plain, typed
 
+PAIRS = 256  # samples of a student and its teacher that are compared one by one
+BETWEEN_SETS = ("frechet_distance", "kid", "precision", "recall", "density", "coverage")
 Source = Sampler | Solved | StockPipeline
 
 
@@ -62,6 +64,10 @@ def evaluate(
     steps = {"grid": grid, "guidance": guidance, "teacher_steps": teacher_steps}
     judge = Judge.of([folder], data=data, settings=settings, device=device)
     found = _open(folder, weights=weights, call=call, **steps, device=device)
+    if against_teacher and (not isinstance(found, Sampler) or teacher_of(folder, device) is None):
+        raise ConfigError(
+            f"{folder} is no run with a teacher to compare with; leave out against_teacher={against_teacher}"
+        )
     row = judge.row(found, cache=folder / "cache", cost=cost)
     return row | (judge.against_teacher(folder, found, against_teacher) if against_teacher else {})
 
@@ -215,26 +221,20 @@ class Judge:
         networks_there = denoisers(source)
         return {"evaluations": evaluations_per_sample(source), "num_parameters": num_parameters(networks_there)}
 
-    def against_teacher(self, folder: Path, student: Source, steps: int) -> dict[str, Any]:
-        """A run beside its teacher: their samples of the same noises, their sample sets, and the classes that are lost.
-
-        Raises:
-            ConfigError: there is no teacher.
-        """
-        found = teacher_of(folder, self.device) if run.is_run(folder) and isinstance(student, Sampler) else None
-        if found is None:
-            raise ConfigError(f"{folder} is no run with a teacher to compare with; leave out against_teacher={steps}")
-        teacher, wanted = Solved(found[1], steps), self.settings
+    def against_teacher(self, folder: Path, student: Sampler, steps: int) -> dict[str, Any]:
+        """A run beside its teacher: samples of the same noises, the sets of samples, and the classes that are lost."""
+        teacher, wanted = Solved(teacher_of(folder, self.device)[1], steps), self.settings
         theirs, ours = (self.look_at(source, cache=folder / "cache") for source in (teacher, student))
         set_of = Reference(theirs.features, moments(theirs.features), "", self.extractor.checksum, theirs.labels)
         between = evaluate_features(ours.features, ours.logits, ours.labels, set_of, self.extractor)
+        count = min(wanted.samples, PAIRS)
         paired = paired_distances(
-            student, teacher, wanted.samples, seed=wanted.seed, batch=wanted.batch, distances={"squared": squared}
+            student, teacher, count, seed=wanted.seed, batch=wanted.batch, distances={"squared": squared}
         )
         report: dict[str, Any] = {
             "teacher_steps": steps,
-            "same_noise": paired,
-            "teacher_set": {name: value for name, value in between.items() if isinstance(value, float)},
+            "same_noise": paired | {"num_samples": count},
+            "teacher_set": {name: between[name] for name in BETWEEN_SETS},
         }
         if classes_of(student) and self.reference.labels is not None:
             overlaps = [self._per_class(seen).get("classes", {}) for seen in (ours, theirs)]

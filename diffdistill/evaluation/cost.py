@@ -12,6 +12,7 @@ from torch import nn
 
 from diffdistill.evaluation.sampling import Solved, classes_of, denoisers, draw, evaluating
 from diffdistill.generator import Sampler
+from diffdistill.memory import peak_of
 
 REPEATS = 5  # of each timing, whose median counts
 GAIN = 1.05  # a batch twice as large must be faster by so much per image to go on
@@ -49,7 +50,7 @@ def cost_of(source: Sampler | Solved, *, largest_batch: int = LARGEST_BATCH) -> 
 
     with evaluating(*denoisers(source)):
         milliseconds, rate, batch = timed(make, device, largest_batch=largest_batch)
-        peak = peak_bytes_of(lambda: make(batch), device)
+        peak = peak_of(lambda: make(batch), device)
     return Cost(evaluations_per_sample(source), num_parameters(denoisers(source)), milliseconds, rate, batch, peak)
 
 
@@ -90,24 +91,6 @@ def _seconds(make: Callable[[int], None], batch: int, device: torch.device) -> f
 def _wait(device: torch.device) -> None:
     if device.type in ("cuda", "mps"):
         getattr(torch, device.type).synchronize()
-
-
-def peak_bytes_of(act: Callable[[], None], device: torch.device) -> int:
-    """The most that tensors hold at once during a call, less what they held before: by CUDA's allocator, or counted."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        act()
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        act()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 def evaluations_per_sample(source: Sampler | Solved) -> float:
