@@ -6,6 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,9 @@ from diffdistill.evaluation.metrics import Reference, evaluate_features, quantis
 from diffdistill.evaluation.modes import class_overlaps, lost_classes, paired_distances, squared
 from diffdistill.evaluation.sampling import Solved, fingerprint, sample_images
 from diffdistill.evaluation.stream import Drawn, look_at
+from diffdistill.exporting import StockPipeline
+from diffdistill.exporting.opened import seed_of
+from diffdistill.exporting.seeds import Seeds
 from diffdistill.generator import Generator
 from diffdistill.memory import LiveBytes, peak_of
 from diffdistill.teacher import Teacher
@@ -99,6 +104,21 @@ def test_what_was_made_is_not_made_again_and_more_samples_add_to_it(tmp_path, mo
     parts[0].unlink()  # as if it had been interrupted
     assert len(slots(20, key=["a", "b"][0])) + len(slots(20, key="b")) + len(slots(20, seed=1)) == 10
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_processes_make_a_part_each_and_have_all(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffdistill.evaluation.stream.CHUNK", 10)
+    together, sources = threading.Barrier(2, timeout=60), [pictures(), pictures()]
+
+    def one(rank):
+        place = {"rank": rank, "ranks": 2, "wait": together.wait}
+        return look_at(sources[rank], colours(), 40, seed=0, batch=10, cache=tmp_path, **place)
+
+    with ThreadPoolExecutor(2) as pool:
+        ours, theirs = pool.map(one, range(2))
+    assert torch.equal(ours.features, theirs.features) and len(ours.features) == 40
+    made = [[slots[0] for slots in source.images.made] for source in sources]
+    assert made == [[0, 20], [10, 30]]
 
 
 def test_a_damaged_part_is_named(tmp_path):
@@ -229,6 +249,7 @@ def test_memory_at_its_peak_is_what_tensors_held_at_once():
         return c + 1  # 4,000
 
     assert peak_of(act, torch.device("cpu")) == 16_000
+    assert peak_of(lambda: before.add_(1), torch.device("cpu")) == 0
     with LiveBytes() as live:
         kept = act()
     assert live.live == 4_000 == kept.nbytes and live.peak == 16_000
@@ -261,6 +282,8 @@ def test_lost_classes_have_less_than_half_of_the_teachers_recall():
     ours, theirs = (class_overlaps(real, labels, made, labels) for made in (student, teacher))
     assert lost_classes(ours, theirs) == [1]
     assert theirs[1]["recall"] > 0.8 and ours[0] == theirs[0]
+    recalls = ({label: {"recall": value} for label, value in enumerate(side)} for side in ((0.3, 0.2), (0.5, 0.5)))
+    assert lost_classes(*recalls) == [1]
     assert class_overlaps(real[:45], labels[:45], teacher, labels).keys() == {0, 1}  # five of class 2 are too few
 
 
@@ -310,6 +333,18 @@ def test_one_command_measures_runs_teachers_and_pipelines_side_by_side(trained, 
     again = json.loads(out.read_text())
     assert [row["name"] for row in again] == ["student at 20", "student at 20,1"]
     assert again[0]["frechet_distance"] == rows[0]["frechet_distance"] and again[1]["evaluations"] == 2
+
+
+def test_a_pipelines_image_is_a_function_of_its_seed_and_its_label(trained):
+    """And that of the generator from the same noise, clamped: one step, exported."""
+    found = StockPipeline(trained["pipeline"])
+    labels = torch.tensor([2, 0, 1])
+    images = found.images([5, 6, 7], labels, 3)
+    torch.testing.assert_close(found.images([6], labels[1:2], 3), images[1:2], rtol=0, atol=1e-5)
+    generator, noise = api.load(trained["run"]), Seeds.of([seed_of(3, slot) for slot in (5, 6, 7)])
+    expected = generator.sample(generator.prior(noise), {"label": labels}, noise)
+    torch.testing.assert_close(images, expected.clamp(-1, 1), rtol=0, atol=1e-4)
+    assert (found.images([5], labels[:1], 4) - images[:1]).abs().max() > 1e-3
 
 
 def test_one_source_is_told_with_its_classes_costs_and_teacher(trained, capsys):

@@ -53,11 +53,31 @@ def neighbour_distances(points: Tensor, k: int, *, chunk_points: int) -> Tensor:
     """
     if k < 1 or len(points) <= k:
         raise ValueError(f"k must be at least 1 and below the number of points, got k={k} for {len(points)} points")
-    nearest = [distances(chunk, points).topk(k + 1, largest=False).values for chunk in points.split(chunk_points)]
+    chunks = points.split(chunk_points)
+    nearest = [points.new_full((len(chunk), k + 1), torch.inf, dtype=torch.float32) for chunk in chunks]
+
+    def nearer(place: int, away: Tensor) -> None:
+        least = torch.cat([nearest[place], away.topk(min(k + 1, away.shape[1]), largest=False).values], 1)
+        nearest[place] = least.topk(k + 1, largest=False).values
+
+    for place, chunk in enumerate(chunks):
+        for other in range(place, len(chunks)):
+            away = distances(chunk, chunks[other])
+            nearer(place, away)
+            if other > place:  # the same distances, seen from the other side
+                nearer(other, away.T)
     return torch.cat(nearest)[:, 1:]  # the nearest of all is the point itself, 0 away
 
 
-def overlap(real: Tensor, generated: Tensor, *, k: int = 3, density_k: int = 5, chunk_points: int = 1000) -> Overlap:
+def overlap(
+    real: Tensor,
+    generated: Tensor,
+    *,
+    k: int = 3,
+    density_k: int = 5,
+    chunk_points: int = 1000,
+    real_nearest: Tensor | None = None,
+) -> Overlap:
     """Precision and recall, density and coverage of generated against real features.
 
     Args:
@@ -66,11 +86,13 @@ def overlap(real: Tensor, generated: Tensor, *, k: int = 3, density_k: int = 5, 
         k: neighbours behind precision and recall; 3 in Kynkaanniemi et al.
         density_k: neighbours behind density and coverage; 5 in Naeem et al.
         chunk_points: rows of the distance matrix that are held at once; does not change the result.
+        real_nearest: `neighbour_distances` of the real features, (N, >= max(k, density_k)), if they are known.
     Raises:
         ValueError: D differs, there are too few points, or a value is not finite.
     """
     check_pair(real, generated)
-    real_nearest = neighbour_distances(real, max(k, density_k), chunk_points=chunk_points)
+    if real_nearest is None:
+        real_nearest = neighbour_distances(real, max(k, density_k), chunk_points=chunk_points)
     real_radii, ball_radii = real_nearest[:, k - 1], real_nearest[:, density_k - 1]
     generated_radii = neighbour_distances(generated, k, chunk_points=chunk_points)[:, -1]
     num_precise, num_in_balls = 0, 0

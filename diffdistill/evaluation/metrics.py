@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -19,10 +20,11 @@ from diffdistill.evaluation.extrapolation import extrapolated_distance, extrapol
 from diffdistill.evaluation.features import Extractor
 from diffdistill.evaluation.frechet import Moments, frechet_distance, moments
 from diffdistill.evaluation.inception_score import inception_score
-from diffdistill.evaluation.kid import kernel_distance
-from diffdistill.evaluation.manifold import overlap
+from diffdistill.evaluation.kid import kernel_distance, mean_kernel
+from diffdistill.evaluation.manifold import neighbour_distances, overlap
 
 CHUNK_IMAGES = 2000
+NEIGHBOURS = 5  # of density and coverage; precision and recall take three of them
 FID_SAMPLES = 50_000  # of published values
 SPLITS = 10  # of the inception score
 GROUPS = 8  # of samples, left out one at a time
@@ -45,6 +47,16 @@ class Reference:
     content_hash: str
     extractor_checksum: str
     labels: Tensor | None = None
+
+    @cached_property
+    def nearest(self) -> Tensor:
+        """Distances from each of its images to its five nearest neighbours, (N, 5), worked out once."""
+        return neighbour_distances(self.features, NEIGHBOURS, chunk_points=1000)
+
+    @cached_property
+    def mean_kernel(self) -> float:
+        """KID's share that is its own, worked out once."""
+        return mean_kernel(self.features)
 
     def with_moments(self, values: Moments) -> Reference:
         """The same reference with the moments of another set of real images, such as a full training set.
@@ -158,10 +170,10 @@ def evaluate_features(
         ValueError: another extractor made the reference, a value is not finite, or a shape is wrong.
     """
     _refuse_unfit(features, labels, reference, extractor)
-    found = overlap(reference.features, features)
+    found = overlap(reference.features, features, real_nearest=reference.nearest)
     report = {
         "frechet_distance": frechet_distance(moments(features), reference.moments),
-        "kid": kernel_distance(reference.features, features),
+        "kid": kernel_distance(reference.features, features, real_mean=reference.mean_kernel),
         "precision": found.precision,
         "recall": found.recall,
         "density": found.density,
