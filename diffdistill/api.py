@@ -7,6 +7,7 @@ samples, labels = api.sample(run, 40)
 api.export(run, "my-pipeline")
 """
 
+import json
 import shutil
 import signal
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -99,9 +100,17 @@ def _train(config: Config, trainer: Trainer, budget: Budget, tell: Callable[[str
         trainer.resume(found)
         tell(f"going on from step {trainer.step} of {config.train.steps} in {found}")
     if config.trackers:
-        scalars = {key: value for key, value in flat(plain(config)).items() if isinstance(value, str | int | float)}
-        options = {"wandb": {"mode": wandb_mode, "dir": str(output), "name": output.name}}
-        accelerate.init_trackers("diffdistill", config=scalars, init_kwargs=options)
+        said = {
+            key: value if isinstance(value, str | int | float) else json.dumps(value)
+            for key, value in flat(plain(config)).items()
+        }
+        options = {
+            "wandb": {"mode": wandb_mode, "dir": str(output), "name": output.name, "id": run.tracker_id(output)},
+            "tensorboard": {"purge_step": trainer.step + 1 if trainer.step else 0},  # what a dead process wrote after
+        }
+        if wandb_mode == "online":
+            options["wandb"]["resume"] = "allow"
+        accelerate.init_trackers("diffdistill", config=said, init_kwargs=options)
     try:
         with memory_for("training"):
             stopped = trainer.run(budget)
@@ -115,8 +124,13 @@ def _train(config: Config, trainer: Trainer, budget: Budget, tell: Callable[[str
             f"stopped by {signal.Signals(stopped).name} at step {trainer.step} of {config.train.steps}; everything is "
             f"saved in {checkpoint.latest(output)}. Run the same command again to go on",
         )
+    best = trainer.best and trainer.best.found(output)
     ended = "complete" if trainer.step == config.train.steps else "at the end of its budget"
+    if trainer.gave_up:
+        ended = f"at its end after {best.since} evaluations in which {config.evaluate.keep_best} did not get better"
     tell(f"step {trainer.step} of {config.train.steps}: {output} is {ended}")
+    if best is not None:
+        tell(f"best {config.evaluate.keep_best}: {best.value:.4g} at step {best.step}, which --at best opens")
     return output
 
 
@@ -170,6 +184,7 @@ def sample(
     grid: Sequence[float] = (),
     guidance: float | None = None,
     teacher_steps: int = 0,
+    at: str = "",
     batch: int = SAMPLE_BATCH,
     device: str = "cpu",
 ) -> tuple[Tensor, Tensor | None]:
@@ -178,12 +193,12 @@ def sample(
     Args:
         source: a run, a denoiser's folder, or something loaded.
         labels: one for each sample; None for i % classes.
-        weights, grid, guidance: as for `load`.
+        weights, grid, guidance, at: as for `load`.
         teacher_steps: of the PF-ODE: of a denoiser's folder, of a `denoise` run, or, for a run with a teacher, of that
             teacher instead of its student. 0 for the run's own grid, or 18 for a denoiser's folder.
     """
     if isinstance(source, str | Path):
-        chosen = {"weights": weights, "grid": grid, "guidance": guidance}
+        chosen = {"weights": weights, "grid": grid, "guidance": guidance, "at": at}
         source = opened(Path(source), **chosen, teacher_steps=teacher_steps, device=device)
     return sample_images(source, count, seed=seed, batch=batch, labels=labels)
 
@@ -264,6 +279,7 @@ def export(
     weights: str = "",
     grid: Sequence[float] = (),
     guidance: float | None = None,
+    at: str = "",
     half: bool = False,
     vae: nn.Module | None = None,
     tolerance: float = TOLERANCE,
@@ -275,7 +291,7 @@ def export(
     becomes a network, in a folder that `load_relay` opens.
 
     Args:
-        weights, grid, guidance: as for `load`.
+        weights, grid, guidance, at: as for `load`.
         half: weights in float16.
         vae: an AutoencoderKL, for generators of latents.
         tolerance: the largest absolute difference allowed between the pipeline's samples and the generator's.
@@ -283,7 +299,7 @@ def export(
     Raises:
         Refusal: no stock pipeline expresses this generator; the message has the reasons.
     """
-    loaded = load(source, weights=weights, grid=grid, guidance=guidance)
+    loaded = load(source, weights=weights, grid=grid, guidance=guidance, at=at)
     if isinstance(loaded, Teacher):
         raise ConfigError(f"{source} is a denoiser's folder, which has no grid to sample on; export a run")
     options = {"dtype": torch.float16 if half else torch.float32, "vae": vae, "tolerance": tolerance}
@@ -377,6 +393,6 @@ def _hooks(config: Config, device: torch.device) -> list[Every]:
     if config.evaluate.every:
         wanted = config.evaluate
         extractor, reference = yardstick(wanted, config.data, cache=Path(config.output) / "cache", device=str(device))
-        act = Evaluation(wanted.samples, wanted.seed, wanted.batch, reference, extractor)
-        hooks.append(Every(wanted.every, act))
+        act = Evaluation(wanted.samples, wanted.seed, wanted.batch, reference, extractor, wanted.weights)
+        hooks.append(Every(wanted.every, act, judges=True))
     return hooks

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from diffdistill import networks
 from diffdistill.backbones.folder import MEANING, META
+from diffdistill.best import Best
 from diffdistill.config import Config, ConfigError, CriticConfig, DataConfig, HalfLifeConfig, PlayerConfig
 from diffdistill.coupling import meaning_of
 from diffdistill.critic import Critic, Discriminator, DiscriminatorHead
@@ -26,6 +27,8 @@ from diffdistill.data.image_set import ImageSet
 from diffdistill.data.pairs import PairRecipe, fingerprint, joined_pairs, read_pairs, read_recipe
 from diffdistill.denoiser import Backbone, Denoiser
 from diffdistill.distances import Lpips
+from diffdistill.evaluation.extractors import KNOWN
+from diffdistill.evaluation.pretrained import KINDS
 from diffdistill.generator import Generator
 from diffdistill.health import WARM_STEPS
 from diffdistill.memory import memory_for
@@ -251,11 +254,9 @@ def refuse_absent(config: Config, chosen: Method) -> None:
         raise ConfigError(f"data.path={config.data.path} does not exist; name the folder or file of the real images")
     if "pairs" in kinds:
         _refuse_other_pairs(config, chosen, weights=False)
-    if config.evaluate.every and not Path(config.evaluate.features).is_dir():
-        raise ConfigError(
-            f"evaluate.features={config.evaluate.features} is no folder; name the extractor's, e.g. "
-            "checkpoints/fashion-features"
-        )
+    features = config.evaluate.features
+    if config.evaluate.every and not (Path(features).exists() or features.partition(":")[0] in KINDS):
+        raise ConfigError(f"evaluate.features={features} does not exist; give {KNOWN}")
 
 
 def label_stream(model: Denoiser, device: torch.device, classes: Classes | None) -> Stream:
@@ -397,7 +398,15 @@ def trainer(
         hooks=hooks,
         dtype=dtype,
         watch_from=WARM_STEPS + max(player.warmup_steps for player in config.players.values()),
+        best=best(config),
+        patience=config.evaluate.patience,
     )
+
+
+def best(config: Config) -> Best | None:
+    """Which evaluation of a config's run is the best, where it is to be kept."""
+    wanted = config.evaluate
+    return Best(wanted.keep_best, (*wanted.weights, "")[0]) if wanted.keep_best else None
 
 
 def schedule(config: Config) -> Schedule:

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -204,12 +204,25 @@ def latest(run: Path) -> Path | None:
     return next(reversed(checkpoints(run)), None)
 
 
-def keep(run: Path, *, last: int, every: int) -> None:
-    """Delete all checkpoints but the newest `last` (at least 1) and those at multiples of `every` steps (0: none)."""
+def at(run: Path, step: int) -> Path:
+    """The checkpoint of a step.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    found = {_step(path): path for path in checkpoints(run)}
+    if step not in found:
+        raise CheckpointError(f"{run} has no checkpoint of step {step}; it has those of {', '.join(map(str, found))}")
+    return found[step]
+
+
+def keep(run: Path, *, last: int, every: int, also: Collection[int] = ()) -> None:
+    """Delete all checkpoints but the newest `last` (at least 1), those at multiples of `every` steps (0: none), and
+    those of the steps `also`."""
     if last < 1:
         raise ValueError(f"keep_last must be at least 1, got {last}; a run needs a checkpoint to go on from")
     for path in checkpoints(run)[:-last]:
-        if not every or _step(path) % every:
+        if (not every or _step(path) % every) and _step(path) not in also:
             path.rename(
                 path.with_name(f".{path.name}.deleted")
             )  # whole or hidden, also if the next line is interrupted

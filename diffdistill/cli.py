@@ -246,6 +246,7 @@ def parser() -> argparse.ArgumentParser:
             + ("; given again, a row for each" if part is evaluate else ""),
         )
         part.add_argument("--guidance", type=float, metavar="W", help="of a run that is told its scale: another one")
+        part.add_argument("--at", default="", metavar="best|STEP", help="of a run: another checkpoint than its newest")
     sample.add_argument("--teacher-steps", type=int, default=0, help="the teacher in so many steps, not the student")
     evaluate.add_argument(
         "--teacher-steps", type=_counts, default=[], metavar="N,N", help="the teacher in so many steps; one: it alone"
@@ -355,6 +356,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     shared = {
         "weights": options.weights,
         "guidance": options.guidance,
+        "at": options.at,
         "data": given["data"] or None,
         "settings": given["evaluate"],
         "call": given["call"] or None,
@@ -425,7 +427,7 @@ def _export(options: argparse.Namespace) -> None:
 
 def _steps(options: argparse.Namespace) -> dict[str, Any]:
     """How a run is sampled."""
-    return {"weights": options.weights, "grid": options.grid, "guidance": options.guidance}
+    return {"weights": options.weights, "grid": options.grid, "guidance": options.guidance, "at": options.at}
 
 
 def _times(text: str) -> tuple[float, ...]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from diffdistill.best import BETTER
 from diffdistill.denoiser import CLOCKS
 from diffdistill.distances import DISTANCES, Distance
 from diffdistill.evaluation.convention import InputConvention
@@ -277,9 +278,20 @@ class EvaluateConfig:
     features: str = ""  # the feature extractor: a folder, a TorchScript file, or clip:NAME or dinov2:NAME of the hub
     input: InputConvention | None = None  # what images a TorchScript file takes; InceptionV3 of 2015-12-05 needs none
     cache: str = ""  # where features of real data are kept; empty: the run's folder
+    weights: tuple[str, ...] = ()  # while training: raw and averages, each measured; none: the first average, or raw
+    keep_best: str = (
+        ""  # a metric, e.g. frechet_distance: the checkpoint where it was best is kept, by the first weights
+    )
+    patience: int = 0  # evaluations in which keep_best did not get better, then the run ends; 0: it does not
 
     def __post_init__(self):
-        _not_negative(self, "every")
+        _not_negative(self, "every", "patience")
+        if self.keep_best and self.keep_best not in BETTER:
+            raise ValueError(f"keep_best={self.keep_best!r} is unknown; known are {', '.join(BETTER)}")
+        if self.patience and not self.keep_best:
+            raise ValueError(f"patience={self.patience} needs keep_best, the metric that is waited for")
+        if self.keep_best and not self.every:
+            raise ValueError(f"keep_best={self.keep_best} needs evaluate.every, the steps between evaluations")
         _positive(self, "samples", "batch")
         if self.every and not self.features:
             raise ValueError("features is missing; name the extractor's folder, e.g. checkpoints/fashion-features")
@@ -309,6 +321,11 @@ class Config:
             raise ValueError("output is empty; name the run's folder")
         if RAW in self.averages:
             raise ValueError(f"averages.{RAW} is the name of the weights themselves; choose another")
+        for name in self.evaluate.weights:
+            if name not in (RAW, *self.averages):
+                raise ValueError(
+                    f"evaluate.weights={name!r} is unknown; known here are {', '.join((RAW, *self.averages))}"
+                )
         for name in self.averages:
             if not name.isidentifier():
                 raise ValueError(f"averages.{name} cannot be a file name; use letters, digits and underscores")

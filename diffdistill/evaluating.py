@@ -37,6 +37,7 @@ def evaluate(
     grid: Sequence[float] = (),
     guidance: float | None = None,
     teacher_steps: int = 0,
+    at: str = "",
     call: Mapping[str, Any] | None = None,
     data: Mapping | None = None,
     settings: Mapping | None = None,
@@ -51,7 +52,7 @@ def evaluate(
 
     Args:
         source: a run, a denoiser's folder, or the folder of a stock pipeline.
-        weights, grid, guidance, teacher_steps: as for `sample`.
+        weights, grid, guidance, teacher_steps, at: as for `sample`.
         call: arguments of a stock pipeline's call, which an export's folder knows.
         data: keys of DataConfig; None for the run's own.
         settings: keys of EvaluateConfig that differ from the run's own.
@@ -61,7 +62,7 @@ def evaluate(
         ConfigError, ValueError: no extractor or no real images are named, or something does not fit.
     """
     folder = Path(source)
-    steps = {"grid": grid, "guidance": guidance, "teacher_steps": teacher_steps}
+    steps = {"grid": grid, "guidance": guidance, "teacher_steps": teacher_steps, "at": at}
     judge = Judge.of([folder], data=data, settings=settings, device=device)
     found = _open(folder, weights=weights, call=call, **steps, device=device)
     if against_teacher and (not isinstance(found, Sampler) or teacher_of(folder, device) is None):
@@ -79,6 +80,7 @@ def evaluate_all(
     grids: Sequence[Sequence[float]] = (),
     guidance: float | None = None,
     teacher_steps: Sequence[int] = (),
+    at: str = "",
     call: Mapping[str, Any] | None = None,
     data: Mapping | None = None,
     settings: Mapping | None = None,
@@ -94,13 +96,13 @@ def evaluate_all(
         grids: for every run, one row each; none for its own.
         teacher_steps: for the runs' teachers and the denoisers' folders, one row each.
         cost: time them too; otherwise evaluations and parameters alone are counted.
-        weights, guidance, call, data, settings, device: as for `evaluate`.
+        weights, guidance, at, call, data, settings, device: as for `evaluate`.
     """
     folders = [Path(source) for source in sources]
     judge = Judge.of(folders, data=data, settings=settings, device=device)
     entries: list[tuple[str, Source, Path]] = []
     for folder in folders:
-        chosen = {"weights": weights, "guidance": guidance, "device": device}
+        chosen = {"weights": weights, "guidance": guidance, "at": at, "device": device}
         if run.is_run(folder):
             for grid in grids or [()]:
                 name = folder.name + (f" at {','.join(f'{t:g}' for t in grid)}" if grid else "")

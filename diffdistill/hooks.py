@@ -5,7 +5,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from diffdistill.config import PicturesConfig
@@ -13,6 +15,7 @@ from diffdistill.evaluation.features import Extractor
 from diffdistill.evaluation.grid import image_grid
 from diffdistill.evaluation.metrics import Reference, evaluate_images
 from diffdistill.evaluation.sampling import refuse_share, sample_images
+from diffdistill.player import RAW
 from diffdistill.trainer import Trainer
 
 PICTURE_SEED = 0
@@ -30,33 +33,45 @@ class Pictures:
         if trainer.main:
             path = trainer.output / "samples" / f"step-{step:08d}.png"
             write_grid(samples, path, columns=self.config.columns, scale=self.config.scale)
+            trainer.show("samples", np.asarray(Image.open(path)))
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The numbers of `evaluation.metrics`, of samples that the same seeds make every time."""
+    """The numbers of `evaluation.metrics`, of samples that the same seeds make every time.
+
+    Attributes:
+        weights: raw and averages, each of which is measured on the same noises and named in its line; none for the
+            first average, or raw, unnamed.
+    """
 
     samples: int
     seed: int
     batch: int
     reference: Reference
     extractor: Extractor
+    weights: tuple[str, ...] = ()
 
-    def __call__(self, trainer: Trainer, step: int) -> Mapping[str, float] | None:
+    def __call__(self, trainer: Trainer, step: int) -> list[Mapping[str, float | str]]:
         refuse_share(trainer.method.generator)
-        samples, labels = shown(trainer, self.samples, seed=self.seed, batch=self.batch)
-        if not trainer.main:
-            return None
-        return evaluate_images(samples.float(), labels, self.reference, self.extractor)
+        found = []
+        for weights in self.weights or ("",):
+            samples, labels = shown(trainer, self.samples, seed=self.seed, batch=self.batch, weights=weights)
+            if trainer.main:
+                numbers = evaluate_images(samples.float(), labels, self.reference, self.extractor)
+                found.append(({"weights": weights} if weights else {}) | numbers)
+        return found
 
 
-def shown(trainer: Trainer, count: int, *, seed: int, batch: int) -> tuple[Tensor, Tensor | None]:
-    """Samples under each generator's first average, or as it is where there is none, joined over all ranks."""
+def shown(trainer: Trainer, count: int, *, seed: int, batch: int, weights: str = "") -> tuple[Tensor, Tensor | None]:
+    """Samples joined over all ranks, under each generator's raw weights or an average; "" is its first, if any."""
     sampler, accelerator = trainer.method.generator, trainer.accelerator
     with ExitStack() as stack:
         for name in sampler.parts:
-            for average in list(trainer.players[name].averages.values())[:1]:
-                stack.enter_context(average.swapped_in())
+            averages = trainer.players[name].averages
+            chosen = weights or next(iter(averages), RAW)
+            if chosen != RAW:
+                stack.enter_context(averages[chosen].swapped_in())
         samples, labels = sample_images(
             sampler,
             count,

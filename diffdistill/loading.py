@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from diffdistill import checkpoint, networks, run
+from diffdistill import build, checkpoint, networks, run
 from diffdistill.backbones.folder import MEANING
 from diffdistill.config import Config, ConfigError, DenoiserConfig, TeacherConfig
 from diffdistill.evaluation.sampling import Solved
@@ -25,6 +25,7 @@ def load(
     weights: str = "",
     grid: Sequence[float] = (),
     guidance: float | None = None,
+    at: str = "",
     device: str = "cpu",
 ) -> Sampler | Teacher:
     """What a run samples with, or the teacher of any other folder that `teacher.path` may name, ready to sample.
@@ -34,14 +35,20 @@ def load(
         weights: of a run: "raw", or the name of an average; empty for its first average, or raw where it has none.
         grid: of a run: the times to sample at, in place of its own, as a consistency function and a flow map can.
         guidance: of a run whose network is told its scale: another than its own.
+        at: of a run: "best" for the checkpoint that evaluate.keep_best kept, a step, or "" for the newest.
     Raises:
         ConfigError, CheckpointError: nothing to load there, or it does not fit.
     """
     folder = Path(folder)
     if run.is_run(folder):
         config = _sampled_at(folder, run.read_config(folder), grid, guidance)
-        return trained(folder, config, weights, device)[0]
-    for name, value in (("weights", weights if weights != RAW else ""), ("grid", grid), ("guidance", guidance)):
+        return trained(folder, config, weights, device, at=at)[0]
+    for name, value in (
+        ("weights", weights if weights != RAW else ""),
+        ("grid", grid),
+        ("guidance", guidance),
+        ("at", at),
+    ):
         if value:
             raise ConfigError(f"{folder} is no run, so {name}={value!r} cannot be chosen; leave it out")
     return Teacher(networks.teacher_denoiser(TeacherConfig(str(folder)), device=device)[0])
@@ -70,6 +77,7 @@ def opened(
     grid: Sequence[float] = (),
     guidance: float | None = None,
     teacher_steps: int = 0,
+    at: str = "",
     device: str = "cpu",
 ) -> Sampler | Solved:
     """What a folder holds, with its steps; the arguments are those of `sample`."""
@@ -81,7 +89,7 @@ def opened(
         config = run.read_config(folder)
         if config.teacher is not None and METHODS[config.method_name].needs_teacher:
             return Solved(networks.teacher(config, torch.device(device)), teacher_steps)
-    loaded = load(folder, weights=weights, grid=grid, guidance=guidance, device=device)
+    loaded = load(folder, weights=weights, grid=grid, guidance=guidance, at=at, device=device)
     if isinstance(loaded, Teacher) and not (teacher_steps or (folder / MEANING).is_file()):
         raise ConfigError(f"{folder} does not say in how many steps it is sampled; give them as the teacher's steps")
     if isinstance(loaded, Teacher):
@@ -89,8 +97,11 @@ def opened(
     return Solved(Teacher(only(loaded, folder).denoiser), teacher_steps) if teacher_steps else loaded
 
 
-def trained(folder: Path, config: Config, weights: str, device: str = "cpu") -> tuple[Sampler, DenoiserConfig]:
+def trained(
+    folder: Path, config: Config, weights: str, device: str = "cpu", *, at: str = ""
+) -> tuple[Sampler, DenoiserConfig]:
     """What a run samples with, under the weights asked for, and the meaning of its networks."""
+    source = checkpoint_at(folder, config, at)
     chosen = weights or next(iter(config.averages), RAW)
     if chosen not in (RAW, *config.averages):
         raise ConfigError(f"{folder} has no weights {chosen!r}; known are {', '.join((RAW, *config.averages))}")
@@ -101,9 +112,29 @@ def trained(folder: Path, config: Config, weights: str, device: str = "cpu") -> 
     kind = METHODS[config.method_name]
     sampler = kind.new_sampler(config.method, lambda: networks.generator(config, copy.deepcopy(start)))
     for player, part in sampler.parts.items():
-        checkpoint.initialise(dict(part.denoiser.named_parameters()), folder, player=player, weights=chosen)
+        checkpoint.initialise(dict(part.denoiser.named_parameters()), source, player=player, weights=chosen)
         part.denoiser.to(device)
     return sampler, meaning
+
+
+def checkpoint_at(folder: Path, config: Config, at: str) -> Path:
+    """The checkpoint that `at` names, or the run itself, whose newest one is meant.
+
+    Raises:
+        ConfigError: it is neither "best" nor a step, or no best one was kept.
+        CheckpointError: there is none of that step.
+    """
+    if not at:
+        return folder
+    if at != "best" and not at.isdecimal():
+        raise ConfigError(f"at={at!r} must be best, or a step of {folder}")
+    if at != "best":
+        return checkpoint.at(folder, int(at))
+    kept = build.best(config)
+    found = kept and kept.found(folder)
+    if found is None:
+        raise ConfigError(f"{folder} kept no best checkpoint; train with evaluate.keep_best=frechet_distance")
+    return checkpoint.at(folder, found.step)
 
 
 def only(sampler: Sampler, source: str | Path) -> Generator:

@@ -4,11 +4,13 @@ config.yaml              the recipe, every default written out; a later start ma
 log.jsonl                one JSON object a line: "reference", "train", "warning", "evaluate"
 checkpoints/step-N/      everything needed to go on
 samples/step-N.png       pictures
+.tracker-id              by which a tracker knows the run again
 .lock                    locked by the kernel while a process writes here; empty, and never in the way by itself
 """
 
 import fcntl
 import os
+import secrets
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from diffdistill.recipe import as_yaml, flat, load_config, plain
 
 RECIPE = "config.yaml"
 LOCK = ".lock"
+TRACKER_ID = ".tracker-id"
 
 # Keys that may differ when a run goes on, since they do not change what it computes.
 FREE = (
@@ -71,6 +74,14 @@ def enter(config: Config, *, writes: bool) -> Path | None:
     except OSError as error:
         raise ConfigError(f"output={run} cannot be written: {error}; choose another by output=FOLDER") from error
     return found
+
+
+def tracker_id(run: Path) -> str:
+    """The name by which a tracker knows this run again, made at the first call and kept in its folder."""
+    file = run / TRACKER_ID
+    if not file.is_file():
+        file.write_text(f"{secrets.token_hex(4)}\n")
+    return file.read_text().strip()
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
@@ -21,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffdistill import checkpoint
+from diffdistill.best import Best
 from diffdistill.health import WARM_STEPS, Alert, Watch
 from diffdistill.memory import peak_bytes
 from diffdistill.method import Action, Batch, Method, Term, Update
@@ -72,10 +74,16 @@ UNLIMITED = Budget()
 
 @dataclass(frozen=True)
 class Every:
-    """Something to do at the top of the loop at every `interval`-th step, and once after the last."""
+    """Something to do at the top of the loop at every `interval`-th step, and once after the last.
+
+    Attributes:
+        act: returns the lines of kind "evaluate" that are logged, if any.
+        judges: whether these tell which checkpoint is the best, so that one is written before.
+    """
 
     interval: int
-    act: Callable[["Trainer", int], Mapping[str, float] | None]
+    act: Callable[["Trainer", int], Sequence[Mapping[str, float | str]] | None]
+    judges: bool = False
 
     def due(self, step: int, steps: int) -> bool:
         return self.interval > 0 and (step % self.interval == 0 or step == steps)
@@ -100,6 +108,8 @@ class Trainer:
         hooks: evaluation and pictures; what they return is logged.
         dtype: of noise and data; float64 for exact tests.
         watch_from: the step behind which readings out of their range are warned of.
+        best: which evaluation is the best, whose checkpoint is kept; None to keep none.
+        patience: evaluations without a better one that end the run; 0: none do.
     """
 
     def __init__(
@@ -115,6 +125,8 @@ class Trainer:
         hooks: Sequence[Every] = (),
         dtype: torch.dtype = torch.float32,
         watch_from: int = WARM_STEPS,
+        best: Best | None = None,
+        patience: int = 0,
     ):
         ranks = accelerator.num_processes
         if schedule.batch % (ranks * schedule.accumulate):
@@ -124,6 +136,7 @@ class Trainer:
             )
         self.method, self.players, self.data, self.accelerator = method, players, data, accelerator
         self.schedule, self.seed, self.output, self.hooks, self.dtype = schedule, seed, Path(output), hooks, dtype
+        self.best, self._patience, self.gave_up = best, patience, False
         self.step, self.attempt = 0, 0
         self.training_seconds = 0.0  # over all starts of the run, without checkpoints and hooks
         self._clocked = True  # since the first step
@@ -193,7 +206,7 @@ class Trainer:
 
     @property
     def _ended(self) -> bool:
-        return self._spent or self.step >= min(self.schedule.steps, self._budget.steps)
+        return self._spent or self.gave_up or self.step >= min(self.schedule.steps, self._budget.steps)
 
     @contextmanager
     def _on_the_clock(self):
@@ -247,7 +260,9 @@ class Trainer:
         folder = self.output / "checkpoints" / f"step-{self.step:08d}"
         checkpoint.save(folder, self.players, state, writes=self.main)
         if self.main:
-            checkpoint.keep(self.output, last=self.schedule.keep_last, every=self.schedule.keep_every)
+            found = self.best and self.best.found(self.output)
+            also = {found.step} if found else set()
+            checkpoint.keep(self.output, last=self.schedule.keep_last, every=self.schedule.keep_every, also=also)
         self.accelerator.wait_for_everyone()
 
     def resume(self, folder: Path) -> None:
@@ -290,7 +305,14 @@ class Trainer:
                 f"could not write {self._log_path}: {error}; free some space or change output, then run the same "
                 "command again: it goes on from the last checkpoint"
             ) from error
-        self.accelerator.log({f"{kind}/{name}": value for name, value in readings.items()}, step=self.step)
+        under = "/".join([kind, *([readings["weights"]] if "weights" in readings else [])])
+        self.accelerator.log({f"{under}/{name}": value for name, value in readings.items()}, step=self.step)
+
+    def show(self, name: str, picture: np.ndarray) -> None:
+        """A picture, uint8 (height, width, 3), to the trackers."""
+        for tracker in self.accelerator.trackers:
+            form = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({name: picture[None]}, step=self.step, **form)
 
     @property
     def _log_path(self) -> Path:
@@ -301,6 +323,7 @@ class Trainer:
         every, last = self.schedule.save_every, self.step if self._ended else self.schedule.steps
         saves = not resumed and self.step and every and (self.step % every == 0 or self.step == last)
         hooks = [hook for hook in self.hooks if hook.due(self.step, last)]
+        saves = saves or (not resumed and self.best and any(hook.judges for hook in hooks))
         if self._flags and (saves or hooks):
             with self._on_the_clock():  # for the step that the device still works on, before it does anything else
                 self._read_flags(behind=0)
@@ -309,9 +332,20 @@ class Trainer:
         if saves:
             self.save()
         for hook in hooks:
-            readings = hook.act(self, self.step)
-            if readings:
+            for readings in hook.act(self, self.step) or ():
                 self.log("evaluate", readings)
+            if hook.judges and self._patience:
+                self.gave_up = self._waited()
+
+    def _waited(self) -> bool:
+        """Whether the run's patience is over, as the first process knows, who writes the log."""
+        found = self.best.found(self.output) if self.main else None
+        over = found is not None and found.since >= self._patience
+        if self.accelerator.num_processes == 1:
+            return over
+        told = torch.tensor(float(over), device=self.accelerator.device)
+        torch.distributed.broadcast(told, src=0)
+        return bool(told.item())
 
     def _log_if_due(self) -> None:
         every = self.schedule.log_every

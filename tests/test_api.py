@@ -358,4 +358,4 @@ def test_check_tells_of_data_that_is_not_there(tmp_path):
     assert "step" not in api.check(recipe | {"data": {"pairs": pairs}})
     assert "has start 20.0, and this run needs 15.0" in said(data={"pairs": pairs}, generator={"grid": [15.0]})
     features = {"every": 1, "features": "nowhere"}
-    assert "evaluate.features=nowhere is no folder" in said(data={"pairs": pairs}, evaluate=features)
+    assert "evaluate.features=nowhere does not exist; give a folder" in said(data={"pairs": pairs}, evaluate=features)

@@ -42,7 +42,7 @@ def test_logs_are_means_since_the_last_line(tmp_path):
 
 
 def test_hooks_run_at_their_interval_and_after_the_last_step_and_are_logged(tmp_path):
-    hooks = [Every(4, lambda trainer, step: {"steps_seen": float(step)}), Every(0, lambda trainer, step: 1 / 0)]
+    hooks = [Every(4, lambda trainer, step: [{"steps_seen": float(step)}]), Every(0, lambda trainer, step: 1 / 0)]
     trainer = make_trainer(CASES["denoise"], tmp_path, schedule=SCHEDULE, hooks=hooks)
     trainer.run()
     assert [line["step"] for line in lines(tmp_path) if line["kind"] == "evaluate"] == [0, 4, 6]
@@ -243,7 +243,7 @@ def test_a_loss_must_be_one_value_per_sample(tmp_path):
 
 def test_a_budget_of_steps_ends_a_run_like_its_last_step_and_a_later_start_goes_on_bit_for_bit(tmp_path):
     schedule = dataclasses.replace(SCHEDULE, save_every=4, log_every=4)
-    hooks = [Every(4, lambda trainer, step: {"steps_seen": float(step)})]
+    hooks = [Every(4, lambda trainer, step: [{"steps_seen": float(step)}])]
     whole = make_trainer(CASES["dmd2"], tmp_path / "whole", schedule=schedule)
     whole.run()
     short = make_trainer(CASES["dmd2"], tmp_path / "short", schedule=schedule, hooks=hooks)
