@@ -105,7 +105,12 @@ def _train(config: Config, trainer: Trainer, budget: Budget, tell: Callable[[str
             for key, value in flat(plain(config)).items()
         }
         options = {
-            "wandb": {"mode": wandb_mode, "dir": str(output), "name": output.name, "id": run.tracker_id(output)},
+            "wandb": {
+                "mode": wandb_mode,
+                "dir": str(output),
+                "name": output.name,
+                "id": run.tracker_id(output) if trainer.main else "",
+            },
             "tensorboard": {"purge_step": trainer.step + 1 if trainer.step else 0},  # what a dead process wrote after
         }
         if wandb_mode == "online":

@@ -254,6 +254,22 @@ def parser() -> argparse.ArgumentParser:
     for part in (sample, couple, evaluate):
         part.add_argument("--device", default="cpu", choices=("cpu", "cuda", "mps"))
 
+    report = command(
+        "report",
+        _report,
+        "Write one page of HTML about runs: curves, samples over time, nearest training images, costs, recipes.",
+        "diffdistill report runs/fashion-dmd2 --out report.html --features checkpoints/fashion-features",
+        "diffdistill report runs/a runs/b --out both.html --table table.json data.name=fashion_mnist",
+    )
+    report.add_argument("sources", nargs="+", metavar="RUN", help="folders of runs, finished or training")
+    report.add_argument("--out", type=Path, required=True, metavar="HTML")
+    report.add_argument(
+        "--table", default="", metavar="JSON", help="of diffdistill evaluate --out: quality against cost"
+    )
+    report.add_argument("--features", default="", help="the extractor, if not the run's own")
+    report.add_argument("--device", default="cpu", choices=("cpu", "cuda", "mps"))
+    report.set_defaults(overrides=[])
+
     join = command(
         "join",
         _join,
@@ -413,6 +429,23 @@ def _table(rows: list[dict[str, Any]]) -> str:
         f"{table(rows)}\n\n* none is better at as few evaluations. {first['extractor']}, {first['num_samples']:,} "
         f"samples; FD against the moments of {first['num_moments']:,} real images."
     )
+
+
+def _report(options: argparse.Namespace) -> None:
+    from diffdistill.recipe import sections
+    from diffdistill.reporting import report
+
+    words = [*(word for word in options.sources if "=" in word), *options.overrides]
+    page = report(
+        [word for word in options.sources if "=" not in word],
+        options.out,
+        table=options.table,
+        data=sections(words, ("data",))["data"] or None,
+        features=options.features,
+        command=options.line,
+        device=options.device,
+    )
+    print(page)
 
 
 def _export(options: argparse.Namespace) -> None:

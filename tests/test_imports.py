@@ -116,9 +116,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluating": {"*"},
     "pages": {"pages"},
     "comparing": {"*"},
+    "reporting": {"*"},
     "cost": NETWORKS | {"backbones", "config", "method"},
     "catalogue": {"config", "cost", "method", "methods", "recipe", "yaml"},
-    "cli": {"api", "catalogue", "evaluation", "comparing", "hooks", "kmeans", "memory", "methods", "recipe", "trainer"},
+    "cli": {
+        "api",
+        "catalogue",
+        "evaluation",
+        "comparing",
+        "hooks",
+        "kmeans",
+        "memory",
+        "methods",
+        "recipe",
+        "reporting",
+        "trainer",
+    },
     "demo": {"api", "cli", "config", "data", "evaluation", "generator", "recipe"},
 }
 ANYWHERE = {"torch", "numpy", "PIL", "safetensors", *sys.stdlib_module_names}

@@ -26,9 +26,7 @@ def history(folder: Path) -> dict:
     newest = checkpoint.latest(folder)
     state = checkpoint.read_state(newest)
     updates, seconds = state["step"], state.get("training_seconds")
-    log = folder / checkpoint.LOG
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-    lines = [line for line in lines if line["step"] <= updates]
+    lines = [line for line in read_log(folder / checkpoint.LOG) if line["step"] <= updates]
     clocked = seconds is not None
     rate = seconds / updates if clocked else _median_rate([line for line in lines if line["kind"] == "train"])
     times = {id(line): line["seconds"] if clocked else rate and rate * line["step"] for line in lines}
@@ -46,6 +44,23 @@ def history(folder: Path) -> dict:
             if line["kind"] == "evaluate" and "frechet_distance" in line
         ],
     }
+
+
+def read_log(log: Path) -> list[dict]:
+    """The whole lines of a log; what a process writes at this moment is left out, and no log has none.
+
+    Raises:
+        ValueError: a line before the last one is damaged.
+    """
+    texts = log.read_text().splitlines() if log.is_file() else []
+    lines = []
+    for number, text in enumerate(texts, 1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError as error:
+            if number < len(texts):
+                raise ValueError(f"{log}, line {number}: {error}; restore the file") from error
+    return lines
 
 
 def _median_rate(lines: Sequence[Mapping]) -> float | None:

@@ -67,6 +67,7 @@ def line_chart(
     y_label: str,
     rules: Sequence[Rule] = (),
     logarithmic: bool = False,
+    x_logarithmic: bool = False,
 ) -> str:
     """A figure with heading, curves and legend.
 
@@ -74,6 +75,7 @@ def line_chart(
         series: at least one point among them, all numbers finite.
         rules: lines across.
         logarithmic: the vertical axis, where all values are positive; linear where one is not.
+        x_logarithmic: the horizontal axis, likewise; otherwise it begins at 0.
     Raises:
         ValueError: there is no point.
     """
@@ -82,7 +84,11 @@ def line_chart(
         raise ValueError(f"the chart {title!r} has no point; leave it out")
     heights = [y for _, y in points] + [rule.y for rule in rules]
     logarithmic = logarithmic and min(heights) > 0
-    across = Axis(0.0, max(max(x for x, _ in points), 1e-9), LEFT, WIDTH - RIGHT)
+    places = [x for x, _ in points]
+    if x_logarithmic and min(places) > 0:
+        across = Axis(*_padded(min(places), max(places), True), LEFT, WIDTH - RIGHT, True)
+    else:
+        across = Axis(0.0, max(max(places), 1e-9), LEFT, WIDTH - RIGHT)
     up = Axis(*_padded(min(heights), max(heights), logarithmic), HEIGHT - BOTTOM, TOP, logarithmic)
     parts = [*_frame(across, up, x_label, y_label), *(_rule(rule, up) for rule in rules)]
     parts += [part for one in series for part in _curve(one, across, up)]
