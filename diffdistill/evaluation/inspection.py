@@ -20,7 +20,9 @@ def noises(source: Generator | Solved, count: int, *, seed: int = 0) -> Tensor:
     return source.prior(_draws(source, count, seed))
 
 
-def from_noise(source: Generator | Solved, noise: Tensor, labels: Sequence[int] | None = None, *, seed: int = 0) -> Tensor:
+def from_noise(
+    source: Generator | Solved, noise: Tensor, labels: Sequence[int] | None = None, *, seed: int = 0
+) -> Tensor:
     """Samples, of the shape of the noise (N, ...), which is that of the source's prior.
 
     Args:
