@@ -37,7 +37,7 @@ class Reference:
     Attributes:
         features: float32 (N, D) of real images, for KID, precision, recall, density and coverage.
         moments: mean and covariance for the Frechet distance; of the same images, or of a larger set (`with_moments`).
-        content_hash: SHA-256 of the images and the extractor's weights, as hex.
+        content_hash: SHA-256 of the images, the extractor's weights and its input convention, as hex.
         extractor_checksum: the extractor that the features come from.
         labels: int64 (N,), the class of each image; None for images without classes.
     """
@@ -81,7 +81,9 @@ def build_reference(data: ImageSet, extractor: Extractor, *, cache: Path) -> Ref
     Raises:
         ValueError: the images do not fit the extractor, or the cached file is damaged.
     """
-    content_hash = hashlib.sha256(f"{data.content_hash()} {extractor.checksum}".encode()).hexdigest()
+    # the input too: the same weights see other pictures when they are resized or scaled in another way
+    identity = f"{data.content_hash()} {extractor.checksum} {extractor.input}"
+    content_hash = hashlib.sha256(identity.encode()).hexdigest()
     file = cache / f"reference-{content_hash[:16]}.safetensors"
     if file.is_file():
         features = _read_cached(file, content_hash)
