@@ -69,6 +69,8 @@ def torchscript_extractor(
     except RuntimeError as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{path} is no TorchScript file: {first}; feature networks may be {KNOWN}") from error
+    if next(module.parameters(), None) is None:  # which tell the device and the dtype of its images
+        raise ValueError(f"{path} has no parameters, as after torch.jit.freeze; save the module before it is frozen")
     if input is not None:
         return module_extractor(module, name=path.stem, input=input, checksum=file_checksum(path))
     wrapped = inception_features(module)
