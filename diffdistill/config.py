@@ -278,6 +278,10 @@ class EvaluateConfig:
     features: str = ""  # the feature extractor: a folder, a TorchScript file, or clip:NAME or dinov2:NAME of the hub
     input: InputConvention | None = None  # what images a TorchScript file takes; InceptionV3 of 2015-12-05 needs none
     cache: str = ""  # where features of real data are kept; empty: the run's folder
+    lpips: str = ""  # torchvision's VGG16 as a file: the command also tells the diversity within classes by LPIPS
+    lpips_size: int = 0  # pixels a side that pictures are enlarged to for it; 0: none
+    clip: str = ""  # a CLIP model's folder or name of the hub: the command also tells how well prompts are met
+    prompts: tuple[str, ...] = ()  # for it, one for each class
     weights: tuple[str, ...] = ()  # while training: raw and averages, each measured; none: the first average, or raw
     keep_best: str = (
         ""  # a metric, e.g. frechet_distance: the checkpoint where it was best is kept, by the first weights
@@ -285,7 +289,9 @@ class EvaluateConfig:
     patience: int = 0  # evaluations in which keep_best did not get better, then the run ends; 0: it does not
 
     def __post_init__(self):
-        _not_negative(self, "every", "patience")
+        _not_negative(self, "every", "patience", "lpips_size")
+        if bool(self.clip) != bool(self.prompts):
+            raise ValueError(f"clip={self.clip!r} and prompts={list(self.prompts)} go together; give both, or neither")
         if self.keep_best and self.keep_best not in BETTER:
             raise ValueError(f"keep_best={self.keep_best!r} is unknown; known are {', '.join(BETTER)}")
         if self.patience and not self.keep_best:

@@ -11,20 +11,24 @@ import torch
 from diffdistill import build, networks, run
 from diffdistill.config import ConfigError, DataConfig, EvaluateConfig
 from diffdistill.evaluation.cost import cost_of, evaluations_per_sample, num_parameters, timed
+from diffdistill.evaluation.diversity import perceptual_diversity
 from diffdistill.evaluation.extractors import open_extractor
 from diffdistill.evaluation.features import MOMENTS_FILE, Extractor
 from diffdistill.evaluation.frechet import load_moments, moments
 from diffdistill.evaluation.front import on_front
-from diffdistill.evaluation.metrics import Reference, build_reference, class_accuracies, evaluate_features
+from diffdistill.evaluation.metrics import Reference, build_reference, class_accuracies, evaluate_features, quantise
 from diffdistill.evaluation.modes import class_overlaps, lost_classes, paired_distances, squared
-from diffdistill.evaluation.sampling import Solved, classes_of, denoisers, refuse_share
-from diffdistill.evaluation.stream import Seen, look_at
+from diffdistill.evaluation.pretrained import ClipScorer
+from diffdistill.evaluation.sampling import Solved, classes_of, denoisers, evaluating, refuse_share
+from diffdistill.evaluation.stream import Seen, drawn, look_at
 from diffdistill.exporting import StockPipeline, is_pipeline
 from diffdistill.generator import Sampler
 from diffdistill.loading import load, opened
 from diffdistill.methods import METHODS
+from diffdistill.perceptual import read_lpips
 from diffdistill.recipe import plain, typed
 
+PICTURES = 256  # samples behind LPIPS and CLIP
 PAIRS = 256  # samples of a student and its teacher that are compared one by one
 BETWEEN_SETS = ("frechet_distance", "kid", "precision", "recall", "density", "coverage")
 Source = Sampler | Solved | StockPipeline
@@ -184,7 +188,7 @@ class Judge:
         """All numbers of one source."""
         seen = self.look_at(source, cache=cache)
         found = evaluate_features(seen.features, seen.logits, seen.labels, self.reference, self.extractor, errors=True)
-        return found | self._per_class(seen) | self._cost(source, cost)
+        return found | self._pictures(source) | self._per_class(seen) | self._cost(source, cost)
 
     def look_at(self, source: Source, *, cache: Path) -> Seen:
         """What the extractor sees of the source's samples."""
@@ -201,6 +205,32 @@ class Judge:
             wait=state.wait_for_everyone,
             progress="samples" if state.is_main_process else "",
         )
+
+    def _pictures(self, source: Source) -> dict[str, float]:
+        """What is told of the first samples as they are: LPIPS within classes, and the CLIP score of the prompts."""
+        wanted = self.settings
+        if not (wanted.lpips or wanted.clip):
+            return {}
+        made, count = source.drawn() if isinstance(source, StockPipeline) else drawn(source), wanted.samples
+        slots = range(min(count, PICTURES))
+        labels = torch.tensor([made.classes[slot % len(made.classes)] for slot in slots]) if made.classes else None
+        with evaluating(*([] if isinstance(source, StockPipeline) else denoisers(source))):
+            images = quantise(made.images(slots, labels, wanted.seed))
+        report: dict[str, float] = {}
+        if wanted.lpips:
+            network = read_lpips(Path(wanted.lpips), size=wanted.lpips_size).to(self.device)
+            report["lpips_diversity"] = perceptual_diversity(
+                images, labels, lambda a, b: network(a.to(self.device), b.to(self.device))
+            )
+        if wanted.clip:
+            if labels is None or len(made.classes) != len(wanted.prompts):
+                raise ConfigError(
+                    f"evaluate.prompts has {len(wanted.prompts)} prompts, and the samples {len(made.classes)} classes; "
+                    "give one for each"
+                )
+            prompts = [wanted.prompts[made.classes.index(label)] for label in labels.tolist()]
+            report["clip_score"] = ClipScorer(wanted.clip, device=self.device).scores(images, prompts).mean().item()
+        return report | {"num_pictures": len(images)}
 
     def _per_class(self, seen: Seen) -> dict[str, Any]:
         if seen.labels is None or self.reference.labels is None:

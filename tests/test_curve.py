@@ -15,18 +15,21 @@ import torch
 from cases import CASES
 from safetensors.torch import load_file, save_file
 from test_api import write_images
-from tiny import refused, student_recipe, teacher_recipe
+from tiny import refused, student_recipe, teacher_recipe, write_clip, write_vgg16
 from torch import nn
 
 from diffdistill import api
 from diffdistill.cli import main
+from diffdistill.config import ConfigError
 from diffdistill.evaluation.convention import InputConvention
 from diffdistill.evaluation.cost import cost_of, evaluations_per_sample, timed
+from diffdistill.evaluation.diversity import perceptual_diversity
 from diffdistill.evaluation.extractors import module_extractor
 from diffdistill.evaluation.frechet import moments
 from diffdistill.evaluation.front import on_front, table
 from diffdistill.evaluation.metrics import Reference, evaluate_features, quantise
 from diffdistill.evaluation.modes import class_overlaps, lost_classes, paired_distances, squared
+from diffdistill.evaluation.pretrained import ClipScorer
 from diffdistill.evaluation.sampling import Solved, fingerprint, sample_images
 from diffdistill.evaluation.stream import Drawn, look_at
 from diffdistill.exporting import StockPipeline
@@ -34,6 +37,7 @@ from diffdistill.exporting.opened import seed_of
 from diffdistill.exporting.seeds import Seeds
 from diffdistill.generator import Generator
 from diffdistill.memory import LiveBytes, peak_of
+from diffdistill.perceptual import read_lpips
 from diffdistill.teacher import Teacher
 
 FEATURES = Path(__file__).parents[1] / "checkpoints" / "fashion-features"
@@ -354,6 +358,32 @@ def test_one_source_is_told_with_its_classes_costs_and_teacher(trained, capsys):
         assert words in shown, words
     found = api.evaluate(trained["run"], against_teacher=2)
     assert found["same_noise"]["num_samples"] == 24 and isinstance(found["lost_classes"], list)
+
+
+def test_lpips_and_clip_are_told_of_the_first_samples(trained, tmp_path):
+    """With a VGG16 and a CLIP of random weights: as the functions tell them of the same pictures."""
+    clip = write_clip(tmp_path / "clip")
+    settings = {"lpips": str(write_vgg16(tmp_path / "vgg16.safetensors")), "lpips_size": 32, "clip": str(clip)}
+    settings["prompts"] = prompts = ["a cat", "a dog", "a bird"]
+    for source in (trained["run"], trained["pipeline"]):
+        found = api.evaluate(source, settings=settings | {"features": str(FEATURES), "samples": 24},
+                             data={"name": "folder", "path": str(trained["data"])})  # fmt: skip
+        assert found["num_pictures"] == 24
+        if source == trained["run"]:
+            images, labels = sample_images(api.load(source), 24, seed=1000, batch=24)
+        else:
+            labels = torch.arange(24) % 3
+            images = StockPipeline(source).images(range(24), labels, 1000)
+        images = quantise(images)
+        network = read_lpips(Path(settings["lpips"]), size=32)
+        expected = perceptual_diversity(images, labels, network)
+        assert found["lpips_diversity"] == pytest.approx(expected, rel=1e-3)
+        scores = ClipScorer(str(clip)).scores(images, [prompts[label] for label in labels.tolist()])
+        assert found["clip_score"] == pytest.approx(scores.mean().item(), rel=1e-3)
+    with pytest.raises(ConfigError, match="evaluate.prompts has 2 prompts, and the samples 3 classes; give one for"):
+        api.evaluate(trained["run"], settings=settings | {"prompts": prompts[:2]})
+    with pytest.raises(ConfigError, match="go together; give both, or neither"):
+        api.evaluate(trained["run"], settings={"clip": str(clip)})
 
 
 @pytest.mark.parametrize(

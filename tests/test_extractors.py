@@ -8,13 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tiny import write_clip
 from torch import nn
 from transformers import (
-    CLIPConfig,
     CLIPModel,
-    CLIPTextConfig,
     CLIPTokenizer,
-    CLIPVisionConfig,
     Dinov2Config,
     Dinov2Model,
 )
@@ -213,20 +211,7 @@ def test_black_and_white_are_what_the_inception_network_takes():
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> Path:
-    """A tiny CLIP of the real classes, as a folder."""
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    letters = [*"abcdefghijklmnopqrstuvwxyz"]
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    text = CLIPTextConfig(**sizes, vocab_size=len(words), max_position_embeddings=12, eos_token_id=len(words) - 1,
-                          bos_token_id=len(words) - 2, pad_token_id=len(words) - 1)  # fmt: skip
-    vision = CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
-    CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)).save_pretrained(
-        folder
-    )
-    CLIPTokenizer({word: place for place, word in enumerate(words)}, []).save_pretrained(folder)
-    return folder
+    return write_clip(tmp_path_factory.mktemp("clip"))
 
 
 CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]

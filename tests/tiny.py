@@ -87,6 +87,24 @@ def write_vgg16(path: Path, *, seed: int = 0) -> Path:
     return path
 
 
+def write_clip(folder: Path) -> Path:
+    """A tiny CLIP of the real classes, which reads letters, of random weights, as a folder."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    letters = [*"abcdefghijklmnopqrstuvwxyz"]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    text = CLIPTextConfig(**sizes, vocab_size=len(words), max_position_embeddings=12, eos_token_id=len(words) - 1,
+                          bos_token_id=len(words) - 2, pad_token_id=len(words) - 1)  # fmt: skip
+    vision = CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
+    CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)).save_pretrained(
+        folder
+    )
+    CLIPTokenizer({word: place for place, word in enumerate(words)}, []).save_pretrained(folder)
+    return folder
+
+
 def write_recipe(path: Path, recipe: dict) -> Path:
     """The recipe as a YAML file (JSON is YAML)."""
     path.write_text(json.dumps(recipe))

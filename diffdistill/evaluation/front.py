@@ -17,6 +17,8 @@ COLUMNS = (
     ("coverage", "coverage", "{:.3f}"),
     ("accuracy", "class_accuracy", "{:.3f}"),
     ("diversity", "diversity", "{:.3f}"),
+    ("LPIPS", "lpips_diversity", "{:.3f}"),
+    ("CLIP", "clip_score", "{:.2f}"),
     ("ms", "milliseconds", "{:.3g}"),
     ("images/s", "images_per_second", "{:.3g}"),
     ("parameters", "num_parameters", "{:,}"),
