@@ -246,11 +246,12 @@ class TrainConfig:
     save_every: int = 1000
     keep_last: int = 2  # newest checkpoints that are kept
     keep_every: int = 0  # also keep those at multiples of so many steps; 0: none
+    retries: int = 0  # times that a run which is not finite goes back to its newest checkpoint, for other draws
     threads: int = 0  # of the CPU; 0: as torch chooses
 
     def __post_init__(self):
         _positive(self, "steps", "batch", "accumulate", "keep_last")
-        _not_negative(self, "log_every", "save_every", "keep_every", "threads")
+        _not_negative(self, "log_every", "save_every", "keep_every", "retries", "threads")
         if self.batch % self.accumulate:
             raise ValueError(
                 f"batch={self.batch} must be divisible by accumulate={self.accumulate}; choose a multiple of it"

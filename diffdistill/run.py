@@ -1,7 +1,7 @@
 """A run's folder: its recipe, and whether a run may go on in it.
 
 config.yaml              the recipe, every default written out; a later start may change what is in FREE
-log.jsonl                one JSON object a line: "reference", "train", "warning", "evaluate"
+log.jsonl                one JSON object a line: "reference", "train", "warning", "evaluate", "retry"
 checkpoints/step-N/      everything needed to go on
 samples/step-N.png       pictures
 .tracker-id              by which a tracker knows the run again
@@ -30,6 +30,7 @@ FREE = (
     "train.save_every",
     "train.keep_last",
     "train.keep_every",
+    "train.retries",
     "train.threads",
     "pictures",
     "evaluate",

@@ -49,6 +49,7 @@ class Schedule:
     save_every: int = 1000
     keep_last: int = 2
     keep_every: int = 0
+    retries: int = 0
 
 
 @dataclass(frozen=True)
@@ -165,8 +166,32 @@ class Trainer:
         """Train to the end, or to the budget's; the number of the signal that stopped it early, or None.
 
         Raises:
-            NonFinite: naming step, player and term.
+            NonFinite: naming step, player and term, when no retries are left.
         """
+        while True:
+            try:
+                return self._run(budget)
+            except NonFinite as error:
+                folder = checkpoint.latest(self.output)
+                if self.attempt >= self.schedule.retries or folder is None:
+                    raise
+                self._retry(folder, error)
+
+    def _retry(self, folder: Path, error: NonFinite) -> None:
+        """Back to a checkpoint, to go on from there with other draws."""
+        attempt = self.attempt + 1
+        self.accelerator.wait_for_everyone()  # until all have found the checkpoint, the log stays as it is
+        self._flags.clear()
+        self._healthy.fill_(1)
+        self.resume(folder)
+        self.attempt = attempt
+        text = f"{error.args[0].partition(';')[0]}; going on from {folder.name} with other draws"
+        self.log("retry", {"attempt": attempt, "text": text})
+        if self.main:
+            tqdm.write(f"retry {attempt} of {self.schedule.retries}: {text}", file=sys.stderr)
+
+    def _run(self, budget: Budget) -> int | None:
+        """Train until the end, a signal, or a step that is not finite."""
         steps = self.schedule.steps
         if budget.seconds < math.inf and not self._clocked:
             raise ValueError(
@@ -477,7 +502,8 @@ class Trainer:
                 raise NonFinite(
                     f"step {step}: {bad[0]} was not finite; the weights are those from before that update, and the "
                     f"last checkpoint in {self.output / 'checkpoints'} is good. Running on would fail the same way: "
-                    "begin a new recipe from it, with a lower learning rate for that player or with precision fp32"
+                    "begin a new recipe from it, with a lower learning rate for that player or with precision fp32; if "
+                    "a rare draw is to blame, train.retries=3 goes back to it for others"
                 )
             self._stopped = self._stopped or (int(signal_number) or None)
             self._time_up = self._time_up or bool(spent)

@@ -7,10 +7,12 @@ import os
 import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from cases import CASES, UNET, all_tensors, make_trainer
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffdistill import checkpoint
@@ -158,6 +160,69 @@ def test_an_infinite_sample_is_named_and_changes_nothing(case, index, culprit, e
         good.resume(checkpoint.latest(tmp_path))
         assert good.step == 3
         assert all(tensor.isfinite().all() for tensor in all_tensors(good).values())
+
+
+def poison_first(trainer, *, attempts: int) -> None:
+    """Make a sample of step 3 infinite in the first attempts."""
+    draw = trainer.data.draw
+
+    class Poisoned:
+        def draw(self, rng):
+            batch = draw(rng)
+            if rng.key[1] < attempts and rng.key[2] == 3:
+                batch["images"].x0[-1] = float("inf")
+            return batch
+
+    trainer.data = Poisoned()
+
+
+RETRIED = dataclasses.replace(SCHEDULE, save_every=2, log_every=1, retries=2)
+
+
+def told(folder: Path) -> list[dict]:
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines(folder)]
+
+
+def test_a_run_that_is_not_finite_goes_back_for_other_draws(tmp_path):
+    case = CASES["denoise"]
+    trainer = make_trainer(case, tmp_path / "a", schedule=RETRIED)
+    poison_first(trainer, attempts=2)
+    assert trainer.run() is None and (trainer.step, trainer.attempt) == (6, 2)
+    (retry,) = [line for line in told(tmp_path / "a") if line["kind"] == "retry"]  # the first one's line went with it
+    assert (retry["step"], retry["attempt"]) == (2, 2) and "step 3: term denoise of player generator" in retry["text"]
+    assert [line["step"] for line in lines(tmp_path / "a") if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    earlier, newest = checkpoint.checkpoints(tmp_path / "a")
+    assert checkpoint.read_state(newest)["attempt"] == 2
+    weights = [load_file(folder / "generator.weights.safetensors") for folder in (earlier, newest)]
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])  # it trains on
+
+
+def test_a_run_that_died_while_it_went_back_ends_as_if_it_had_not(tmp_path):
+    case, ends = CASES["dmd2-alternating-gan"], []
+    for name in ("whole", "killed"):
+        trainer = make_trainer(case, tmp_path / name, schedule=RETRIED)
+        poison_first(trainer, attempts=1)
+        if name == "killed":
+            trainer._retry = lambda folder, error: (_ for _ in ()).throw(KeyboardInterrupt)
+            with pytest.raises(KeyboardInterrupt):
+                trainer.run()
+            trainer = make_trainer(case, tmp_path / name, schedule=RETRIED)
+            poison_first(trainer, attempts=1)
+            trainer.resume(checkpoint.latest(tmp_path / name))
+        trainer.run()
+        ends.append((all_tensors(trainer), told(tmp_path / name)))
+    (ours, log), (theirs, other_log) = ends
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert log == other_log and any(line["kind"] == "retry" for line in log)
+
+
+@pytest.mark.parametrize("changes", [{"retries": 1}, {"retries": 0}, {"retries": 9, "save_every": 0}])
+def test_retries_come_to_an_end(changes, tmp_path):
+    trainer = make_trainer(CASES["denoise"], tmp_path, schedule=dataclasses.replace(RETRIED, **changes))
+    poison_first(trainer, attempts=2)
+    with pytest.raises(NonFinite, match="step 3: term denoise"):
+        trainer.run()
+    assert trainer.attempt == (1 if changes["retries"] == 1 else 0)
 
 
 class Reads(TorchDispatchMode):
