@@ -27,6 +27,15 @@ def check_descending(grid: Sequence[float]) -> None:
         )
 
 
+def refuse_flow_map(step_rule: str, what: str) -> None:
+    """Refuses flow_map where `what` trains a network without telling it where steps lead, which sampling would tell."""
+    if step_rule == FLOW_MAP:
+        raise ValueError(
+            f"generator.step_rule={FLOW_MAP} tells the network where each step leads, and {what} never teaches it "
+            "that; take another step_rule, or mean_flow or shortcut for method.name"
+        )
+
+
 class Sampler(ABC):
     """What a run trains for sampling: one generator, or several that share the conditions or the noise levels."""
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from cases import Case
 from oracle import denoiser, gaussian
 from test_dmd2 import CORNERS, assert_reaches_the_law, start, train  # noqa: F401  a fixture
 from test_scm import STD, network
@@ -334,6 +335,23 @@ def test_a_part_of_the_batch_sees_its_own_dropout_masks(kind):
 def test_settings_without_a_meaning_are_refused_by_name(kind, config, message):
     with pytest.raises(ValueError, match=message):
         kind.Config(**config)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "grid"),
+    [
+        *((name, {}, (20.0,)) for name in ("consistency", "consistency_training", "denoise", "scm", "sct", "rcm")),
+        *((name, {}, (20.0,)) for name in ("reflow", "reflow_distill", "score_matching")),
+        ("rcm", {"consistency_weight": 0.0}, (20.0,)),
+        ("dmd2", {"inputs": "noised"}, (20.0, 1.0)),
+        ("ladd", {"inputs": "noised"}, (20.0, 1.0)),
+    ],
+)
+def test_a_method_that_tells_no_spans_is_not_sampled_by_telling_them(name, options, grid):
+    """Its network would be asked in sampling about spans that it never learnt."""
+    more = {"trunk": "teacher", "guidance": 1.0} if name == "ladd" else {}
+    with pytest.raises(ValueError, match="generator.step_rule=flow_map tells.* take another step_rule"):
+        Case(name, options, grid=grid, step_rule="flow_map", **more).make()
 
 
 def test_a_network_that_cannot_be_told_or_guided_is_refused_by_name():

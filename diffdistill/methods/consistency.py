@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffdistill.denoiser import Condition
 from diffdistill.distances import Distance, PseudoHuber
+from diffdistill.generator import refuse_flow_map
 from diffdistill.method import AverageSpec, Batch, Loss, Method, MethodConfig, Networks, PlayerSpec, Term, Update
 from diffdistill.prediction import Prediction, conversion
 from diffdistill.rng import Rng, drawn_from, replace_dropout
@@ -70,6 +71,7 @@ class ConsistencyMethod(Method):
     def __init__(self, config: ConsistencyConfig, networks: Networks):
         self.config, self.teacher = config, networks.teacher
         self.generator = networks.new_generator()
+        refuse_flow_map(self.generator.step_rule, "a consistency function")
         if len(self.generator.grid) > 1 and self.generator.step_rule != "renoise":
             raise ValueError(
                 f"generator.step_rule={self.generator.step_rule} follows the ODE of a denoiser, and a consistency "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Condition
+from diffdistill.generator import refuse_flow_map
 from diffdistill.losses import consistency_tangent, full, normalised_tangent
 from diffdistill.method import Batch, Loss, Method, MethodConfig, Networks, PlayerSpec, Term, Update
 from diffdistill.prediction import Prediction
@@ -183,6 +184,7 @@ def _beside(denoiser: nn.Module) -> TimeWeight:
 
 
 def _refuse_unfit(step_rule: str, steps: int, source: Prediction) -> None:
+    refuse_flow_map(step_rule, "a consistency function")
     if steps > 1 and step_rule != "renoise":
         raise ValueError(
             f"generator.step_rule={step_rule} follows an ODE, and a consistency function knows its end alone; give "

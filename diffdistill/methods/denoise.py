@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from diffdistill.denoiser import Condition, either
+from diffdistill.generator import refuse_flow_map
 from diffdistill.losses import denoising
 from diffdistill.method import Batch, Loss, Method, MethodConfig, Networks, PlayerSpec, Term, Update
 from diffdistill.prediction import Prediction
@@ -35,6 +36,7 @@ class Denoise(Method):
     def __init__(self, config: Config, networks: Networks):
         self.config = config
         self.generator = networks.new_generator()
+        refuse_flow_map(self.generator.step_rule, "a denoiser's loss")
 
     def players(self) -> Mapping[str, PlayerSpec]:
         return {"generator": PlayerSpec.of(self.generator.denoiser)}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.denoiser import Condition
+from diffdistill.generator import refuse_flow_map
 from diffdistill.losses import (
     approximate_r1,
     gan_discriminator,
@@ -105,6 +106,8 @@ class LADD(Method):
                 "another alpha or sigma; wrap a denoiser by Denoiser.seen_in(process)"
             )
         times = len(self.generator.grid)
+        if times > 1 and config.inputs == "noised":
+            refuse_flow_map(self.generator.step_rule, "method.inputs=noised")
         for name in ("step_probabilities", "first_probabilities"):
             given = getattr(config, name)
             if given and len(given) != times:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.denoiser import Condition
+from diffdistill.generator import refuse_flow_map
 from diffdistill.losses import full
 from diffdistill.method import Batch, Loss, Networks, PlayerSpec, Term, Update
 from diffdistill.methods.dmd2 import DMD2
@@ -82,6 +83,8 @@ class RCM(DMD2):
 
     def __init__(self, config: Config, networks: Networks):
         super().__init__(config, networks)
+        if config.drawn_steps:
+            refuse_flow_map(self.generator.step_rule, "a rollout of method.drawn_steps")
         shared = dataclasses.replace(networks, new_generator=lambda: self.generator)
         self._consistency = SCM(config.consistency(), shared) if config.consistency_weight else None
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.distances import Distance, Lpips, Squared
-from diffdistill.generator import Generator
+from diffdistill.generator import Generator, refuse_flow_map
 from diffdistill.method import Batch, Loss, Method, MethodConfig, Networks, PlayerSpec, Sample, Source, Term, Update
 from diffdistill.prediction import Prediction
 from diffdistill.process import VE, Rectified, lift
@@ -149,6 +149,7 @@ def refuse_no_flow(generator: Generator, *, flip: bool) -> None:
         ValueError: naming the key.
     """
     rule, process = generator.step_rule, generator.process
+    refuse_flow_map(rule, "a rectified flow")
     if len(generator.grid) > 1 and rule == "renoise":
         raise ValueError(
             f"generator.step_rule=renoise leaves the lines that a flow follows, and generator.grid has "

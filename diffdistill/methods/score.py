@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.denoiser import Condition
+from diffdistill.generator import refuse_flow_map
 from diffdistill.losses import denoising, full, gan_discriminator, gan_generator
 from diffdistill.method import Batch, Loss, Method, MethodConfig, Networks, PlayerSpec, Term, Update
 from diffdistill.prediction import Prediction
@@ -102,6 +103,8 @@ class ScoreMethod(Method):
             raise ValueError(
                 "method.inputs=noised is of the steps behind the first, and generator.grid has one time; leave it out"
             )
+        if config.inputs == "noised":
+            refuse_flow_map(self.generator.step_rule, "method.inputs=noised")
         fresh = config.ratio - 1  # critic updates on fresh samples
         if len(self.generator.grid) > 1 and config.stops == "rotating" and fresh == 0:
             raise ValueError(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from diffdistill.generator import refuse_flow_map
 from diffdistill.losses import full
 from diffdistill.method import Batch, Loss, Method, MethodConfig, Networks, PlayerSpec, Term, Update
 from diffdistill.prediction import Prediction
@@ -34,6 +35,7 @@ class ScoreMatching(Method):
     def __init__(self, config: Config, networks: Networks):
         self.config, self.teacher = config, networks.teacher
         self.generator = networks.new_generator()
+        refuse_flow_map(self.generator.step_rule, "a denoiser's loss")
         if not self.teacher.process.same_law(self.generator.process):
             raise ValueError(
                 f"the teacher speaks {self.teacher.process} and the generator {self.generator.process}, with another "
