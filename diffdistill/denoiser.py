@@ -28,6 +28,14 @@ def either(mask: Tensor, first: Condition, second: Condition) -> Condition:
     return {name: pick(first[name], second[name]) for name in second}
 
 
+def refuse_no_null(backbone: "Backbone", setting: str) -> None:
+    """Refuses a network without the unconditional branch that `setting`, a key and its value, needs."""
+    try:
+        backbone.null({name: torch.zeros(1, dtype=torch.long) for name in backbone.condition_names})
+    except ValueError as error:
+        raise ValueError(f"{setting}: {error}") from error
+
+
 class Backbone(nn.Module, ABC):
     """A network behind one signature; `diffdistill.backbones` adapts real ones to it."""
 

@@ -30,7 +30,7 @@ from diffdistill.config import (
     VEConfig,
     VPConfig,
 )
-from diffdistill.denoiser import Backbone, Denoiser
+from diffdistill.denoiser import Backbone, Denoiser, refuse_no_null
 from diffdistill.evaluation.sampling import evaluating
 from diffdistill.generator import GENERATOR, Generator, Sampler
 from diffdistill.memory import memory_for
@@ -253,7 +253,7 @@ def refuse_unguidable(model: Denoiser, guidance: float, path: str | Path) -> Non
         raise ConfigError(
             f"teacher.guidance={guidance} needs a teacher with classes, and {path} has none; leave guidance out"
         )
-    model.backbone.null({name: torch.zeros(1, dtype=torch.long) for name in model.backbone.condition_names})
+    refuse_no_null(model.backbone, f"teacher.guidance={guidance}")
 
 
 def node(config: Config, device: torch.device, degraded: str, step: int) -> Weights:

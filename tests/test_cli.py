@@ -259,7 +259,8 @@ def test_other_exclusive_or_unknown_choices_are_refused(student, teacher, capsys
         capsys, "train", student, "method.gan_critic_weight=0.0"
     )
     assert "torchrun" in refused(capsys, "train", teacher, "train.sharding=fsdp2")
-    assert "without an unconditional label" in refused(capsys, "train", student, "teacher.guidance=2.0")
+    unguided = "this network was trained without an unconditional label"
+    assert f"teacher.guidance=2.0: {unguided}" in refused(capsys, "train", student, "teacher.guidance=2.0")
     assert "norm_num_group" in refused(capsys, "check", teacher, "generator.network.options.norm_num_group=4")
     assert "fails on a sample" in refused(capsys, "check", teacher, "generator.network.options.attention_head_dim=16")
     assert "gives shape (1, 8, 8)" in refused(capsys, "check", teacher, "generator.network.options.out_channels=1")

@@ -506,7 +506,7 @@ def test_one_network_learns_every_scale():
         (lambda: method(ConsistencyTraining, bounded()), "and at 0 for continuous pairs"),
         (lambda: method(Consistency, bounded(0.01), bounded(0)), "boundary=0.01 must be where"),
         (lambda: method(Consistency, bounded(0), bounded(0, VE(sigma_max=70.0))), "one trajectory needs one law"),
-        (lambda: method(Consistency, bounded(0), bounded(0), guidance_range=(1.0, 2.0)), "no unconditional branch"),
+        (lambda: method(Consistency, bounded(0), bounded(0), guidance_range=(1.0, 2.0)), r"_range=\[.*no uncond"),
         (lambda: told(guidance_range=(2.5, 9.0)), "generator.guidance=2.0 must be one of the scales that are learnt"),
         (lambda: told(), r"and method.guidance_range is \[\]"),
     ],

@@ -152,8 +152,8 @@ class DiffusersBackbone(Backbone):
     def null(self, cond: Condition) -> Condition:
         if self._null_label is None:
             raise ValueError(
-                "this network was trained without an unconditional label, so it cannot be guided; set guidance to 1, "
-                "or name its null_label"
+                "this network was trained without an unconditional label, so it cannot be guided; leave "
+                "guidance out, or name its null_label in teacher.denoiser"
             )
         return {"label": torch.full_like(cond["label"], self._null_label)}
 

@@ -68,7 +68,7 @@ class MLP(Backbone):
 
     def null(self, cond: Condition) -> Condition:
         if self.label is None:
-            raise ValueError("this MLP has no classes, so it has no unconditional branch; set guidance to 1")
+            raise ValueError("this MLP has no classes, so it has no unconditional branch; leave guidance out")
         return {"label": torch.full_like(cond["label"], self.num_classes)}
 
     def blocks(self) -> Sequence[nn.Module]:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffdistill.denoiser import Condition
+from diffdistill.denoiser import Condition, refuse_no_null
 from diffdistill.distances import Distance, PseudoHuber
 from diffdistill.generator import refuse_flow_map
 from diffdistill.method import AverageSpec, Batch, Loss, Method, MethodConfig, Networks, PlayerSpec, Term, Update
@@ -190,8 +190,7 @@ class Consistency(ConsistencyMethod):
                 f"{list(scales)}; change one of them, or leave generator.guidance out"
             )
         if scales:
-            backbone = self.teacher.denoiser.backbone  # asked now, since it refuses where it was never trained without
-            backbone.null({name: torch.zeros(1, dtype=torch.long) for name in backbone.condition_names})
+            refuse_no_null(self.teacher.denoiser.backbone, f"method.guidance_range={list(scales)}")
 
     def guidance(self, rng: Rng) -> Tensor | None:
         if not self.config.guidance_range:

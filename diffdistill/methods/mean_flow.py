@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffdistill.denoiser import Condition, either
+from diffdistill.denoiser import Condition, either, refuse_no_null
 from diffdistill.losses import full
 from diffdistill.method import Batch, Loss, MethodConfig, Networks, Term, Update
 from diffdistill.methods.flow_map import FlowMapMethod, chosen, masked, those
@@ -202,7 +202,7 @@ class MeanFlowTraining(MeanFlowMethod):
         if config.guides or config.condition_dropout:
             if not backbone.condition_names:
                 raise ValueError("method.guidance and method.condition_dropout need a network with classes")
-            backbone.null({name: torch.zeros(1, dtype=torch.long) for name in backbone.condition_names})  # or refuses
+            refuse_no_null(backbone, "method.guidance, mixing or condition_dropout")
 
     @torch.no_grad()
     def lesson(
