@@ -464,7 +464,10 @@ def _steps(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _times(text: str) -> tuple[float, ...]:
-    return tuple(float(time) for time in text.split(","))
+    try:
+        return tuple(float(time) for time in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} must be numbers with commas between, e.g. 80,0.982") from error
 
 
 def _counts(text: str) -> list[int]:

@@ -171,6 +171,12 @@ def test_every_command_has_help_with_an_example(name, capsys):
     assert f"example:\n  diffdistill {name}" in capsys.readouterr().out
 
 
+def test_times_that_are_no_numbers_are_named(capsys):
+    with pytest.raises(SystemExit):
+        main(["sample", "run", "--out", "a.png", "--grid", "80,a"])
+    assert "argument --grid: '80,a' must be numbers with commas between, e.g. 80,0.982" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments", [[], ["trian"], ["sample"], ["train"], ["sample", "x", "--out", "y", "--count", "z"]]
 )
