@@ -191,6 +191,8 @@ class DataConfig:
     def __post_init__(self):
         if self.name == "folder" and not self.path:
             raise ValueError("path is missing; give a folder of pictures, or an .npz with the array images")
+        if not isinstance(self.pairs, str) and not all(self.pairs):
+            raise ValueError(f"pairs={list(self.pairs)} has a folder without a name; give it one, or leave it out")
 
     @property
     def pair_folders(self) -> tuple[Path, ...]:

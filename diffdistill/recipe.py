@@ -206,7 +206,7 @@ def _dataclass(kind: type, value: Any, key: str) -> Any:
     for name in value:
         if name not in fields:
             raise ConfigError(
-                f"unknown key {_join(key, name)}{_nearest(name, fields)}; known here are {', '.join(fields)}"
+                f"unknown key {_join(key, name)}{_nearest(name, fields)}; known here are {', '.join(fields) or 'none'}"
             )
     for name, f in fields.items():
         if name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:

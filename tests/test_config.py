@@ -92,6 +92,8 @@ MISTAKES = {
     "players.generator.learning_rat=1": r"unknown key players.generator.learning_rat \(did you mean learning_rate\?\)",
     "method.tims=1": r"unknown key method.tims \(did you mean times\?\)",
     "method_name=dmd2": "did you mean method.name",
+    "method={name: scm, tangents: {name: exact, step: 0.1}}": r"unknown key method.tangents.step; known here are none",
+    "data.pairs=[runs/pairs, '']": r"data.pairs=\['runs/pairs', ''\] has a folder without a name",
     "train.steps=many": "train.steps='many' must be of type int",
     "train.steps=1.5": "train.steps=1.5 must be of type int",
     "train.steps=true": "train.steps=True must be of type int",
