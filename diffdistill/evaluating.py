@@ -67,12 +67,12 @@ def evaluate(
     """
     folder = Path(source)
     steps = {"grid": grid, "guidance": guidance, "teacher_steps": teacher_steps, "at": at}
-    judge = Judge.of([folder], data=data, settings=settings, device=device)
     found = _open(folder, weights=weights, call=call, **steps, device=device)
     if against_teacher and (not isinstance(found, Sampler) or teacher_of(folder, device) is None):
         raise ConfigError(
             f"{folder} is no run with a teacher to compare with; leave out against_teacher={against_teacher}"
         )
+    judge = Judge.of([folder], data=data, settings=settings, device=device)
     row = judge.row(found, cache=folder / "cache", cost=cost)
     return row | (judge.against_teacher(folder, found, against_teacher) if against_teacher else {})
 

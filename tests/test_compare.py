@@ -75,8 +75,9 @@ def test_each_is_trained_for_the_budget_and_measured_alike(chain):
         assert 100 * 2**20 < row["peak_bytes"] < 100 * 2**30
         settings = {"features": str(FEATURES), "samples": 12, "seed": 1000}
         measured = api.evaluate(chain / "out" / "runs" / row["name"], settings=settings)
-        assert measured.keys() == row["metrics"].keys()
-        for name, value in measured.items():
+        assert measured.keys() - row["metrics"].keys() == {"classes", "evaluations", "num_parameters"}
+        for name in row["metrics"]:
+            value = measured[name]
             assert row["metrics"][name] == (
                 pytest.approx(value, rel=1e-4, abs=1e-6) if isinstance(value, float) else value
             )
