@@ -67,12 +67,13 @@ def evaluate(
     """
     folder = Path(source)
     steps = {"grid": grid, "guidance": guidance, "teacher_steps": teacher_steps, "at": at}
+    wanted, real = _wanted([folder], data, settings)
     found = _open(folder, weights=weights, call=call, **steps, device=device)
     if against_teacher and (not isinstance(found, Sampler) or teacher_of(folder, device) is None):
         raise ConfigError(
             f"{folder} is no run with a teacher to compare with; leave out against_teacher={against_teacher}"
         )
-    judge = Judge.of([folder], data=data, settings=settings, device=device)
+    judge = Judge.of(wanted, real, cache=folder / "cache", device=device)
     row = judge.row(found, cache=folder / "cache", cost=cost)
     return row | (judge.against_teacher(folder, found, against_teacher) if against_teacher else {})
 
@@ -103,7 +104,8 @@ def evaluate_all(
         weights, guidance, at, call, data, settings, device: as for `evaluate`.
     """
     folders = [Path(source) for source in sources]
-    judge = Judge.of(folders, data=data, settings=settings, device=device)
+    wanted, real = _wanted(folders, data, settings)
+    judge = Judge.of(wanted, real, cache=folders[0] / "cache", device=device)
     entries: list[tuple[str, Source, Path]] = []
     for folder in folders:
         chosen = {"weights": weights, "guidance": guidance, "at": at, "device": device}
@@ -128,6 +130,24 @@ def evaluate_all(
         raise ConfigError("there is nothing to measure; give runs, or a denoiser's folder with the teacher's steps")
     rows = [{"name": name} | judge.row(source, cache=folder / "cache", cost=cost) for name, source, folder in entries]
     return [row | {"front": best} for row, best in zip(rows, on_front(rows), strict=True)]
+
+
+def _wanted(
+    folders: Sequence[Path], data: Mapping | None, settings: Mapping | None
+) -> tuple[EvaluateConfig, DataConfig]:
+    """The settings and the data of the first run among the folders, unless others are given.
+
+    Raises:
+        ConfigError: no real images are named.
+    """
+    own = next((run.read_config(folder) for folder in folders if run.is_run(folder)), None)
+    before = plain(EvaluateConfig() if own is None else own.evaluate)
+    chosen = typed(EvaluateConfig, before | dict(settings or {}), "evaluate")
+    if data is None and own is None:
+        raise ConfigError(
+            f"{folders[0]} does not say which real images to compare with; name them, e.g. data.name=fashion_mnist"
+        )
+    return chosen, own.data if data is None else typed(DataConfig, dict(data), "data")
 
 
 def _open(folder: Path, *, call: Mapping[str, Any] | None = None, device: str = "cpu", **chosen: Any) -> Source:
@@ -167,22 +187,10 @@ class Judge:
     device: str
 
     @staticmethod
-    def of(folders: Sequence[Path], *, data: Mapping | None, settings: Mapping | None, device: str) -> "Judge":
-        """By the settings and the data of the first run among the folders, unless others are given.
-
-        Raises:
-            ConfigError: no extractor or no real images are named.
-        """
-        own = next((run.read_config(folder) for folder in folders if run.is_run(folder)), None)
-        before = plain(EvaluateConfig() if own is None else own.evaluate)
-        chosen = typed(EvaluateConfig, before | dict(settings or {}), "evaluate")
-        if data is None and own is None:
-            raise ConfigError(
-                f"{folders[0]} does not say which real images to compare with; name them, e.g. data.name=fashion_mnist"
-            )
-        real = own.data if data is None else typed(DataConfig, dict(data), "data")
-        extractor, reference = yardstick(chosen, real, cache=folders[0] / "cache", device=device)
-        return Judge(chosen, extractor, reference, device)
+    def of(settings: EvaluateConfig, real: DataConfig, *, cache: Path, device: str) -> "Judge":
+        """The judge that a config names; features of the real images are kept in `cache`, unless it says where."""
+        extractor, reference = yardstick(settings, real, cache=cache, device=device)
+        return Judge(settings, extractor, reference, device)
 
     def row(self, source: Source, *, cache: Path, cost: bool) -> dict[str, Any]:
         """All numbers of one source."""
