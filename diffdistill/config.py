@@ -112,6 +112,7 @@ class DenoiserConfig:
     clock: Literal[tuple(CLOCKS)]  # what it is told about t
     scale_input: bool = False  # feed it x_t / sqrt(alpha^2 sigma_data^2 + sigma^2), as EDM does
     null_label: int = -1  # of a UNet whose last label means "no class"; -1: none
+    prompts: str = ""  # of a network that is told prompts: the folder that `diffdistill prepare` made
     boundary: float = 0.0  # noise level at which x0 is the input itself, of consistency models on ve; 0: EDM's x0
 
     def __post_init__(self):
@@ -123,6 +124,7 @@ class TeacherConfig:
     path: str  # a folder written by diffdistill, a diffusers pipeline's or network's, or hub:owner/name
     guidance: float = 1.0  # w of u + w (c - u), with 1 for none; or as guidance_from says
     guidance_from: Literal["unconditional", "conditional"] = "unconditional"  # conditional: c + w (c - u), 0 for none
+    prompts: str = ""  # of a pipeline that takes prompts: the folder that `diffdistill prepare` made of it
     denoiser: DenoiserConfig | None = None  # for a diffusers folder whose scheduler does not say it all
 
     @property

@@ -18,6 +18,7 @@ from diffdistill.backbones.folder import (
     read_json,
     write_backbone,
 )
+from diffdistill.backbones.pipeline import PipelineBackbone
 from diffdistill.config import (
     Config,
     ConfigError,
@@ -35,7 +36,9 @@ from diffdistill.evaluation.sampling import evaluating
 from diffdistill.generator import GENERATOR, Generator, Sampler
 from diffdistill.memory import memory_for
 from diffdistill.method import Weights
+from diffdistill.preparing.files import read_prompts
 from diffdistill.process import VE, VP, Process, Rectified, Trig
+from diffdistill.prompts import Prompts
 from diffdistill.recipe import plain, typed
 from diffdistill.solvers import at
 from diffdistill.teacher import Teacher
@@ -87,11 +90,12 @@ def denoiser(backbone: Backbone, config: DenoiserConfig) -> Denoiser:
 
 
 def read_denoiser(
-    folder: Path, *, checkpointing: bool = False, device: torch.device | str = "cpu"
+    folder: Path, *, checkpointing: bool = False, device: torch.device | str = "cpu", prompts: str = ""
 ) -> tuple[Denoiser, DenoiserConfig]:
     """A denoiser's folder, as written by `write_denoiser`, and its meaning.
 
     Args:
+        prompts: of a network that is told prompts, another folder of them than it was written with.
         device: on META the weights are not read, and hold no memory.
     Raises:
         ValueError: the folder or a file is missing, damaged, or does not fit.
@@ -99,7 +103,10 @@ def read_denoiser(
     if not (folder / MEANING).is_file():
         raise ConfigError(f"there is no {MEANING} in {folder}; give a folder written by diffdistill")
     config = typed(DenoiserConfig, read_json(folder / MEANING, "restore the folder"), str(folder / MEANING))
+    if prompts:
+        config = dataclasses.replace(config, prompts=prompts)
     options = {"null_label": _null_label(config), "checkpointing": checkpointing, "device": device}
+    options["prompts"] = _prompts(config.prompts)
     return denoiser(read_backbone(folder / NETWORK, **options), config), config
 
 
@@ -117,16 +124,19 @@ def teacher_denoiser(
     elif (Path(path) / MEANING).is_file():
         if given is not None:
             raise ConfigError(f"teacher.denoiser is given, but {path} has a {MEANING} of its own; leave it out")
-        return read_denoiser(Path(path), checkpointing=checkpointing, device=device)
+        return read_denoiser(Path(path), checkpointing=checkpointing, device=device, prompts=config.prompts)
     elif Path(path).is_dir():
         source = Path(path)
     else:
         raise ConfigError(f"teacher.path={path} is no folder; give one, or {HUB}owner/name for a pipeline on the hub")
     null_label = None if given is None else _null_label(given)
-    backbone, said = read_diffusers(source, null_label=null_label, checkpointing=checkpointing, device=device)
+    told = config.prompts or ("" if given is None else given.prompts)
+    backbone, said = read_diffusers(
+        source, null_label=null_label, checkpointing=checkpointing, device=device, prompts=_prompts(told)
+    )
     if given is None and said is None:
         raise ConfigError(f"teacher.denoiser is missing: {path} holds a network, and nothing that says what it means")
-    config = given or typed(DenoiserConfig, said, f"the scheduler in {path}")
+    config = dataclasses.replace(given or typed(DenoiserConfig, said, f"the scheduler in {path}"), prompts=told)
     return denoiser(backbone, config), config
 
 
@@ -161,6 +171,7 @@ def _starting_network(config: Config, device: torch.device | str) -> tuple[Denoi
                     wanted.network.options,
                     null_label=_null_label(wanted.denoiser),
                     checkpointing=checkpointing,
+                    prompts=_prompts(wanted.denoiser.prompts),
                 )
             except ValueError as error:
                 raise ConfigError(f"generator.{error}") from error
@@ -221,7 +232,7 @@ def _holds_several(source: Path) -> bool:
 
 def recompute_activations(model: Denoiser) -> None:
     """Change the denoiser to what `read_denoiser` gives with checkpointing=True; an MLP keeps its few activations."""
-    if isinstance(model.backbone, DiffusersBackbone):
+    if isinstance(model.backbone, DiffusersBackbone | PipelineBackbone):
         model.backbone.network.enable_gradient_checkpointing()
 
 
@@ -370,6 +381,10 @@ def blank_batch(model: Denoiser) -> tuple[torch.Tensor, torch.Tensor, dict[str, 
     x = torch.zeros(1, *model.sample_shape, device=parameter.device, dtype=parameter.dtype)
     cond = {name: torch.zeros(1, dtype=torch.long, device=x.device) for name in model.backbone.condition_names}
     return x, at(model.process.t_max / 2, x), cond
+
+
+def _prompts(folder: str) -> Prompts | None:
+    return read_prompts(Path(folder)) if folder else None
 
 
 def _null_label(config: DenoiserConfig) -> int | None:

@@ -90,7 +90,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tqdm",
         "transformers",
     },
-    "backbones": {"backbones", "denoiser", "process", "prediction", "told", "diffusers", "huggingface_hub"},
+    "prompts": set(),
+    "preparing": {"preparing", "backbones", "denoiser", "process", "prompts", "diffusers", "tqdm"},
+    "backbones": {"backbones", "denoiser", "prompts", "process", "prediction", "told", "diffusers", "huggingface_hub"},
     "exporting": {
         "exporting",
         "evaluation",
@@ -104,7 +106,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "rng",
         "diffusers",
     },
-    "networks": NETWORKS | {"backbones", "checkpoint", "config", "evaluation", "memory", "method", "recipe", "run"},
+    "networks": NETWORKS
+    | {"backbones", "preparing", "prompts", "checkpoint", "config", "evaluation", "memory", "method", "recipe", "run"},
     "run": {"__init__", "checkpoint", "config", "recipe"},
     "joining": {"checkpoint", "config", "methods", "run"},
     "spreading": {"checkpoint", "config", "joining", "methods"},

@@ -13,8 +13,10 @@ from torch import nn
 
 from diffdistill.backbones.diffusers import FAMILIES, DiffusersBackbone
 from diffdistill.backbones.mlp import MLP
+from diffdistill.backbones.pipeline import PipelineBackbone
 from diffdistill.backbones.scheduler import meaning
 from diffdistill.denoiser import Backbone
+from diffdistill.prompts import Prompts
 from diffdistill.told import TELLABLE
 
 MEANING, NETWORK = "denoiser.json", "network"
@@ -23,28 +25,47 @@ COMPONENTS = ("unet", "transformer")  # names that pipelines give to their netwo
 META = torch.device("meta")  # shapes without numbers: what `check` plans memory on
 
 
-def make_backbone(name: str, options: Mapping[str, Any], *, null_label: int | None, checkpointing: bool) -> Backbone:
-    """A network of random weights: MLP, or any diffusers class with a family.
+def make_backbone(
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    null_label: int | None,
+    checkpointing: bool,
+    prompts: Prompts | None = None,
+) -> Backbone:
+    """A network of random weights: MLP, any diffusers class with a family, or any at all that is told prompts.
 
     Raises:
         ValueError: the class or an option is unknown, or the options do not go together.
     """
-    kind = MLP if name == "MLP" else _diffusers_class(name, "network.name")
+    kind = MLP if name == "MLP" else _diffusers_class(name, "network.name", prompts)
     try:
         network = kind(**options)
     except (TypeError, ValueError, KeyError) as error:
         raise ValueError(f"network.options do not make a {name}: {error}") from error
-    if name == "MLP":
-        return network
-    return DiffusersBackbone(network, null_label=null_label, gradient_checkpointing=checkpointing)
+    return network if name == "MLP" else _adapted(network, prompts, null_label, checkpointing)
+
+
+def _adapted(network: nn.Module, prompts: Prompts | None, null_label: int | None, checkpointing: bool) -> Backbone:
+    if prompts is None:
+        return DiffusersBackbone(network, null_label=null_label, gradient_checkpointing=checkpointing)
+    if null_label is not None:
+        raise ValueError(f"null_label={null_label} is of networks with classes, and this one is told prompts")
+    return PipelineBackbone(network, prompts, gradient_checkpointing=checkpointing)
 
 
 def read_backbone(
-    folder: Path, *, null_label: int | None, checkpointing: bool, device: torch.device | str = "cpu"
+    folder: Path,
+    *,
+    null_label: int | None,
+    checkpointing: bool,
+    device: torch.device | str = "cpu",
+    prompts: Prompts | None = None,
 ) -> Backbone:
     """A network in diffusers' format, or an MLP in ours, in float32.
 
     Args:
+        prompts: of a network that is told these.
         device: on META the weights are not read, and hold no memory.
     Raises:
         ValueError: a file is missing or damaged, or the weights are not those of the config.
@@ -54,13 +75,13 @@ def read_backbone(
     if torch.device(device) == META:
         options = {key: value for key, value in config.items() if not key.startswith("_")}
         with META:
-            backbone = make_backbone(name, options, null_label=null_label, checkpointing=checkpointing)
+            backbone = make_backbone(name, options, null_label=null_label, checkpointing=checkpointing, prompts=prompts)
             for name in _told(folder):
                 backbone.tell(name)
         return backbone
     if name == "MLP":
         return _read_mlp(folder, config).to(device)
-    kind = _diffusers_class(name, str(folder / "config.json"))
+    kind = _diffusers_class(name, str(folder / "config.json"), prompts)
     if not list(folder.glob("*.safetensors")):
         raise ValueError(
             f"there are no safetensors weights in {folder}; if it has pickled ones (.bin), load them with diffusers "
@@ -97,7 +118,7 @@ def read_backbone(
         # Weights mapped from a file start anywhere, and unaligned ones give other last bits than the same weights do
         # after training or resuming (1e-6 through a small UNet).
         tensor.data = tensor.data.clone()
-    backbone = DiffusersBackbone(network, null_label=null_label, gradient_checkpointing=checkpointing)
+    backbone = _adapted(network, prompts, null_label, checkpointing)
     for name in _told(folder):
         backbone.tell(name)
     if backbone.told:
@@ -129,6 +150,7 @@ def read_diffusers(
     null_label: int | None = None,
     checkpointing: bool = False,
     device: torch.device | str = "cpu",
+    prompts: Prompts | None = None,
 ) -> tuple[Backbone, dict[str, Any] | None]:
     """A network that diffusers wrote, in float32, and what its scheduler says that it means.
 
@@ -136,7 +158,8 @@ def read_diffusers(
         path_or_name: a pipeline's folder (model_index.json), a network's (config.json), or the name of a pipeline on
             the Hugging Face hub, which is downloaded to its cache.
         null_label: the label of a UNet that was trained as "no class"; no file says so.
-        device: as for `read_backbone`.
+        device, prompts: as for `read_backbone`; with prompts, what the network means is what their pipeline's
+            scheduler said.
     Returns:
         The backbone, and the plain data of a DenoiserConfig; None for a network's folder, which has no scheduler.
     Raises:
@@ -145,13 +168,15 @@ def read_diffusers(
     folder = Path(path_or_name)
     if not folder.is_dir():
         folder = _download(str(path_or_name))
-    options = {"null_label": null_label, "checkpointing": checkpointing, "device": device}
+    options = {"null_label": null_label, "checkpointing": checkpointing, "device": device, "prompts": prompts}
     if not (folder / "model_index.json").is_file():
-        return read_backbone(folder, **options), None
+        return read_backbone(folder, **options), None if prompts is None else dict(prompts.meaning)
     index = read_json(folder / "model_index.json", "give a pipeline's folder")
     networks = [name for name in COMPONENTS if name in index]
     if not networks:
         raise ValueError(f"{folder / 'model_index.json'} names no {' or '.join(COMPONENTS)}; give a diffusion pipeline")
+    if prompts is not None:
+        return read_backbone(folder / networks[0], **options), dict(prompts.meaning)
     config = read_json(folder / "scheduler" / "scheduler_config.json", "give a pipeline that was saved whole")
     try:
         said = meaning(config)
@@ -215,10 +240,23 @@ def read_json(file: Path, way_out: str) -> dict[str, Any]:
         raise ValueError(f"{file} is damaged ({error}); restore it") from error
 
 
-def _diffusers_class(name: Any, where: str) -> type[nn.Module]:
-    if name not in FAMILIES:
+def _diffusers_class(name: Any, where: str, prompts: Prompts | None) -> type[nn.Module]:
+    diffusers = importlib.import_module("diffusers")
+    kind = getattr(diffusers, str(name), None)
+    if prompts is None and name in FAMILIES:
+        return kind
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
         raise ValueError(f"{where}={name!r} is not a known network; known are MLP, {', '.join(FAMILIES)}")
-    return getattr(importlib.import_module("diffusers"), name)
+    if prompts is None:
+        raise ValueError(
+            f"{where}: a {name} is told prompts; make some by: diffdistill prepare PIPELINE --prompts FILE --out "
+            "FOLDER, and give that folder as teacher.prompts"
+        )
+    if name != prompts.network:
+        raise ValueError(
+            f"{where}: the prompts were made for a {prompts.network}, not for a {name}; prepare them again"
+        )
+    return kind
 
 
 def _summary(report: Mapping[str, Any]) -> str:
