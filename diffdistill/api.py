@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diffdistill import build, checkpoint, coupling, joining, networks, run, spreading, trial
+from diffdistill import build, checkpoint, coupling, joining, networks, prompting, run, spreading, trial
 from diffdistill.backbones.folder import MEANING, META
+from diffdistill.backbones.pipeline import PipelineBackbone
 from diffdistill.config import Config, ConfigError, DataConfig
 from diffdistill.evaluating import evaluate as evaluate
 from diffdistill.evaluating import evaluate_all as evaluate_all
@@ -38,6 +39,8 @@ from diffdistill.generator import Sampler
 from diffdistill.hooks import Evaluation, Pictures
 from diffdistill.loading import TEACHER_STEPS, load, only, opened, trained
 from diffdistill.memory import OutOfMemory, memory_for
+from diffdistill.prompting import check_teacher as check_teacher
+from diffdistill.prompting import prepare as prepare
 from diffdistill.recipe import flat, load_config, parse, plain, typed
 from diffdistill.relay import Relay
 from diffdistill.routed import Routed
@@ -298,7 +301,7 @@ def export(
     Args:
         weights, grid, guidance, at: as for `load`.
         half: weights in float16.
-        vae: an AutoencoderKL, for generators of latents.
+        vae: an AutoencoderKL, for generators of latents of classes; those of prompts have their teacher's pipeline.
         tolerance: the largest absolute difference allowed between the pipeline's samples and the generator's.
         replace: put it in the place of an earlier export.
     Raises:
@@ -312,7 +315,10 @@ def export(
         return write_relay(loaded, Path(folder), replace=replace, **options)
     if isinstance(loaded, Routed):
         return write_routed(loaded, Path(folder), replace=replace, **options)
-    return write_pipeline(only(loaded, source), Path(folder), replace=replace, **options)
+    generator = only(loaded, source)
+    if isinstance(generator.denoiser.backbone, PipelineBackbone):
+        return prompting.export(Path(source), generator, Path(folder), half=half, tolerance=tolerance, replace=replace)
+    return write_pipeline(generator, Path(folder), replace=replace, **options)
 
 
 def load_routed(folder: str | Path, *, device: str = "cpu") -> RoutedPipelines:

@@ -254,6 +254,36 @@ def parser() -> argparse.ArgumentParser:
     for part in (sample, couple, evaluate):
         part.add_argument("--device", default="cpu", choices=("cpu", "cuda", "mps"))
 
+    prepare = command(
+        "prepare",
+        _prepare,
+        "Put prompts through a pipeline's own text encoders, once, for teacher.prompts; interrupted, it goes on.",
+        "diffdistill prepare stable-diffusion-v1-5 --prompts prompts.txt --out runs/prompts",
+        "diffdistill prepare flux --prompts prompts.txt --out runs/prompts height=512 width=512",
+    )
+    prepare.add_argument("pipeline", help="a stock pipeline's folder, or its name on the hub")
+    prepare.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="a prompt on each line")
+    prepare.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    prepare.add_argument("--negative", default="", metavar="TEXT", help="the negative prompt, for guidance")
+    prepare.add_argument("--batch", type=int, default=8, help="prompts encoded at once (%(default)s)")
+    prepare.add_argument("--shard", type=int, default=256, help="prompts of one file (%(default)s)")
+    prepare.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="of the pipeline")
+    prepare.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="arguments of the pipeline's call, e.g. height and width"
+    )
+    certify = command(
+        "check-teacher",
+        _check_teacher,
+        "Certify that a pipeline's network, wrapped, samples as the pipeline does, with guidance and without.",
+        "diffdistill check-teacher stable-diffusion-v1-5 --prompts runs/prompts --guidance 7.5",
+    )
+    certify.add_argument("pipeline", help="a stock pipeline's folder, or hub:owner/name")
+    certify.add_argument("--prompts", type=Path, required=True, metavar="FOLDER", help="made of it by prepare")
+    certify.add_argument("--steps", type=int, default=4, help="of both (%(default)s)")
+    certify.add_argument("--guidance", type=float, default=3.0, help="tried beside none (%(default)s)")
+    for part in (prepare, certify):
+        part.add_argument("--device", default="cpu", choices=("cpu", "cuda", "mps"))
+
     report = command(
         "report",
         _report,
@@ -360,6 +390,27 @@ def _couple(options: argparse.Namespace) -> None:
     given = {name: getattr(options, name) for name in names}
     folder = couple(options.source, options.out, data=data or None, **given)
     print(f"{options.count} pairs in {folder}")
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from diffdistill.api import prepare
+    from diffdistill.recipe import sections
+
+    call = sections([f"call.{word}" for word in options.overrides], ("call",))["call"]
+    names = ("prompts", "negative", "batch", "shard", "precision", "device")
+    given = {name: getattr(options, name) for name in names}
+    print(f"prompts in {prepare(options.pipeline, options.out, options=call, **given)}")
+
+
+def _check_teacher(options: argparse.Namespace) -> None:
+    from diffdistill.api import check_teacher
+
+    found = check_teacher(
+        options.pipeline, options.prompts, steps=options.steps, guidance=options.guidance, device=options.device
+    )
+    print(found)
+    if not found.holds:
+        raise ValueError(f"{options.pipeline} is not wrapped as it samples; prepare its prompts again")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -163,7 +163,21 @@ def test_methods_are_listed_with_reference_and_needs(capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["train", "check", "compare", "sample", "evaluate", "export", "report", "join", "cluster", "methods"]
+    "name",
+    [
+        "train",
+        "check",
+        "prepare",
+        "check-teacher",
+        "compare",
+        "sample",
+        "evaluate",
+        "export",
+        "report",
+        "join",
+        "cluster",
+        "methods",
+    ],
 )
 def test_every_command_has_help_with_an_example(name, capsys):
     with pytest.raises(SystemExit, match="0"):

@@ -99,7 +99,8 @@ def read_backbone(
             dtype=torch.float32,
             use_safetensors=True,
             local_files_only=True,
-            low_cpu_mem_usage=False,  # the fast path reports missing weights in another way for each kind of mistake
+            # the fast path reports missing weights in another way for each kind of mistake; some classes want it
+            low_cpu_mem_usage=bool(kind._keep_in_fp32_modules),
             ignore_mismatched_sizes=True,  # so that they are in the report, and refused below
             output_loading_info=True,
         )

@@ -40,12 +40,14 @@ def flow(request: Request) -> Stock:
     return Stock(DDPMPipeline(unet=request.network, scheduler=scheduler), {"num_inference_steps": len(request.grid)})
 
 
-def stretched_shift(grid: tuple[float, ...]) -> tuple[float, float | None]:
+def stretched_shift(grid: tuple[float, ...], spacing: float | None = None) -> tuple[float, float | None]:
     """`shift` and `shift_terminal` at which FlowMatchEulerDiscreteScheduler's times are those of `grid`, if any are.
 
     The scheduler spaces u evenly from 1 to its sigma_min, shifts, and stretches so that the last time is
     shift_terminal: at step k that is 1 - a k / (1 + b k), with b = -(shift - 1) h / shift and h the spacing of u. Two
     numbers, so that grids of up to three times, and shifted even grids of any length, are met.
+
+    spacing: of u, where a pipeline gives it other ends than the scheduler does.
     """
     if len(grid) == 1:
         return 1.0, None
@@ -56,7 +58,7 @@ def stretched_shift(grid: tuple[float, ...]) -> tuple[float, float | None]:
     shift = 1.0
     for _ in range(100):  # sigma_min depends on the shift, weakly: it is a thousandth of it
         sigma_min = shift / (1000 + shift - 1)
-        h = (1 - sigma_min) / (len(grid) - 1)
+        h = spacing or (1 - sigma_min) / (len(grid) - 1)
         require(b + h > 0, f"its scheduler spaces times evenly and shifts them; no shift gives generator.grid = {grid}")
         shift = h / (b + h)
     return shift, grid[-1]

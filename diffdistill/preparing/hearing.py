@@ -38,30 +38,47 @@ class Listener:
     options: Mapping[str, Any]
     negative: str = ""
 
-    def unguided(self, texts: Sequence[str], *, steps: int = 1, first_step_only: bool = True) -> Tape:
-        """The tape of a call without guidance; a network that embeds its scale is told that of the options."""
-        off = {TRUE_SCALE: 1.0} if TRUE_SCALE in self._takes else {SCALE: 1.0}
-        return self._listen(texts, steps, first_step_only, off)
+    @property
+    def off(self) -> dict[str, float]:
+        """Arguments of a call without guidance; a network that embeds its scale is told that of the options."""
+        return {TRUE_SCALE if TRUE_SCALE in self.takes else SCALE: 1.0}
+
+    def unguided(
+        self,
+        texts: Sequence[str],
+        *,
+        steps: int = 1,
+        first_step_only: bool = True,
+        draws: torch.Generator | None = None,
+    ) -> Tape:
+        """The tape of a call without guidance, with the noise that `draws` gives."""
+        return self._listen(texts, steps, first_step_only, self.off, draws)
 
     def guided(self, texts: Sequence[str], scale: float, *, steps: int = 1, first_step_only: bool = True) -> Tape:
         """The tape of a call with guidance."""
-        on = {TRUE_SCALE if TRUE_SCALE in self._takes else SCALE: scale}
-        if NEGATIVE in self._takes:
+        on = {TRUE_SCALE if TRUE_SCALE in self.takes else SCALE: scale}
+        if NEGATIVE in self.takes:
             on[NEGATIVE] = [self.negative] * len(texts)
         return self._listen(texts, steps, first_step_only, on)
 
     @property
-    def _takes(self) -> Mapping[str, inspect.Parameter]:
+    def takes(self) -> Mapping[str, inspect.Parameter]:
         return inspect.signature(self.pipeline.__call__).parameters
 
-    def _listen(self, texts: Sequence[str], steps: int, first_step_only: bool, scale: Mapping[str, Any]) -> Tape:
+    def _listen(
+        self,
+        texts: Sequence[str],
+        steps: int,
+        first_step_only: bool,
+        scale: Mapping[str, Any],
+        draws: torch.Generator | None = None,
+    ) -> Tape:
         with listening(self.pipeline, first_step_only=first_step_only) as tape, torch.no_grad():
             self.pipeline(
                 prompt=list(texts),
-                num_inference_steps=steps,
-                generator=torch.Generator().manual_seed(0),
+                generator=draws or torch.Generator().manual_seed(0),
                 output_type="latent",
-                **{**self.options, **scale},
+                **{"num_inference_steps": steps, **self.options, **scale},
             )
         kind = type(getattr(self.pipeline, "transformer", None)).__name__
         for heard in tape.calls if kind in MASKS else ():

@@ -48,6 +48,7 @@ class Tape:
     calls: list[Heard] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     mu: float | None = None  # of a flow's spacing that depends on the resolution
+    sigmas: list[float] | None = None  # the times that the pipeline asks its scheduler to shift, where it does
 
 
 class FirstStep(Exception):
@@ -74,7 +75,7 @@ def listening(pipeline: Any, *, first_step_only: bool = False) -> Iterator[Tape]
 
     @functools.wraps(set_timesteps)
     def setting(*args, **kwargs):
-        tape.mu = kwargs.get("mu", tape.mu)
+        tape.mu, tape.sigmas = kwargs.get("mu"), kwargs.get("sigmas")
         return set_timesteps(*args, **kwargs)
 
     for network in networks:
