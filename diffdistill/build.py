@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from diffdistill import networks
 from diffdistill.backbones.folder import MEANING, META
+from diffdistill.backbones.pipeline import PipelineBackbone
 from diffdistill.best import Best
 from diffdistill.config import Config, ConfigError, CriticConfig, DataConfig, HalfLifeConfig, PlayerConfig
 from diffdistill.coupling import meaning_of
@@ -24,6 +25,7 @@ from diffdistill.data import Images, Labels, SomeLabels, Stream, Streams, refuse
 from diffdistill.data.fashion_mnist import Split, load_fashion_mnist
 from diffdistill.data.folder import load_images
 from diffdistill.data.image_set import ImageSet
+from diffdistill.data.latents import Latents
 from diffdistill.data.pairs import PairRecipe, fingerprint, joined_pairs, read_pairs, read_recipe
 from diffdistill.denoiser import Backbone, Denoiser
 from diffdistill.distances import Lpips
@@ -38,6 +40,7 @@ from diffdistill.methods.continuous import TimeWeight
 from diffdistill.methods.multi_student import MultiStudent
 from diffdistill.perceptual import LpipsNetwork, read_lpips
 from diffdistill.player import RAW, HalfLifeDecay, LearningRate, Player
+from diffdistill.preparing.files import read_index, read_latents
 from diffdistill.recipe import plain
 from diffdistill.rng import Rng
 from diffdistill.shares import Classes
@@ -218,6 +221,8 @@ def images(config: DataConfig, split: Split) -> ImageSet:
             return load_fashion_mnist(path, split)
         case "folder":
             return load_images(path)
+        case "prepared":
+            raise ConfigError(f"data.name=prepared has latents at {path}, and this needs pictures; name their folder")
         case "none":
             raise ConfigError(NO_IMAGES)
 
@@ -268,6 +273,8 @@ def label_stream(model: Denoiser, device: torch.device, classes: Classes | None)
 
 def image_stream(config: Config, model: Denoiser, device: torch.device, classes: Classes | None) -> Stream:
     """The training images of a config, or those of these classes alone, on the device."""
+    if config.data.name == "prepared":
+        return latent_stream(Path(config.data.path), model, device, classes)
     num_classes, found = model.backbone.num_classes, images(config.data, "train")
     shape, wanted = tuple(found.images.shape[1:]), tuple(model.sample_shape)
     if shape != wanted:
@@ -284,6 +291,28 @@ def image_stream(config: Config, model: Denoiser, device: torch.device, classes:
         found = found.of_classes(classes)
     found = dataclasses.replace(found, images=found.images.to(device), labels=found.labels.to(device))
     return Images(found, labelled=num_classes > 0, flip=config.data.flip)
+
+
+def latent_stream(folder: Path, model: Denoiser, device: torch.device, classes: Classes | None) -> Stream:
+    """The prepared pictures of a folder, or those of these prompts alone, on the device.
+
+    Raises:
+        ConfigError: there are none, or their captions are not the prompts of the network.
+    """
+    try:
+        x0, labels = read_latents(folder)
+    except ValueError as error:
+        raise ConfigError(f"data.path: {error}") from error
+    backbone = model.backbone
+    if not isinstance(backbone, PipelineBackbone) or list(backbone.prompts.texts) != read_index(folder)["texts"]:
+        raise ConfigError(
+            f"data.path={folder} was prepared with other prompts than the network is told; give one folder for both, "
+            "as teacher.prompts and as data.path"
+        )
+    if classes is not None:
+        kept = torch.isin(labels, torch.tensor(list(classes)))
+        x0, labels = x0[kept], labels[kept]
+    return Latents(x0.to(device), labels.to(device))
 
 
 def pair_stream(config: Config, chosen: Method, device: torch.device, unit_noise: bool) -> Stream:
@@ -386,7 +415,7 @@ def trainer(
     data = streams(config, chosen, accelerate.device)
     first = range(accelerate.process_index, accelerate.process_index + min(config.train.batch, 64))
     rng = Rng((config.seed, "first batch"), first, device=accelerate.device, dtype=dtype)
-    refuse_unfit(data.draw(rng), tuple(model.sample_shape), dtype)
+    refuse_unfit(data.draw(rng), tuple(model.sample_shape), dtype, pictures=config.data.name != "prepared")
     return Trainer(
         chosen,
         trained(config, chosen, accelerate),

@@ -262,7 +262,8 @@ def parser() -> argparse.ArgumentParser:
         "diffdistill prepare flux --prompts prompts.txt --out runs/prompts height=512 width=512",
     )
     prepare.add_argument("pipeline", help="a stock pipeline's folder, or its name on the hub")
-    prepare.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="a prompt on each line")
+    prepare.add_argument("--prompts", type=Path, default=(), metavar="FILE", help="a prompt on each line")
+    prepare.add_argument("--images", type=Path, metavar="FOLDER", help="pictures with captions, for data.name=prepared")
     prepare.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     prepare.add_argument("--negative", default="", metavar="TEXT", help="the negative prompt, for guidance")
     prepare.add_argument("--batch", type=int, default=8, help="prompts encoded at once (%(default)s)")
@@ -397,7 +398,7 @@ def _prepare(options: argparse.Namespace) -> None:
     from diffdistill.recipe import sections
 
     call = sections([f"call.{word}" for word in options.overrides], ("call",))["call"]
-    names = ("prompts", "negative", "batch", "shard", "precision", "device")
+    names = ("prompts", "images", "negative", "batch", "shard", "precision", "device")
     given = {name: getattr(options, name) for name in names}
     print(f"prompts in {prepare(options.pipeline, options.out, options=call, **given)}")
 

@@ -185,14 +185,18 @@ class CriticConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    name: Literal["fashion_mnist", "folder", "none"] = "none"
-    path: str = ""  # empty: what ships with the package
+    name: Literal["fashion_mnist", "folder", "prepared", "none"] = "none"
+    path: str = ""  # of pictures, or made by `diffdistill prepare --images`; empty: what ships with the package
     flip: bool = False  # mirror half of the images left to right
     pairs: str | tuple[str, ...] = ""  # folders made by `diffdistill couple`, for the methods that read pairs
 
     def __post_init__(self):
         if self.name == "folder" and not self.path:
             raise ValueError("path is missing; give a folder of pictures, or an .npz with the array images")
+        if self.name == "prepared" and not self.path:
+            raise ValueError("path is missing; give the folder that `diffdistill prepare ... --images` made")
+        if self.name == "prepared" and self.flip:
+            raise ValueError("flip=true mirrors pictures, and prepared ones are latents; leave it out")
         if not isinstance(self.pairs, str) and not all(self.pairs):
             raise ValueError(f"pairs={list(self.pairs)} has a folder without a name; give it one, or leave it out")
 

@@ -12,6 +12,7 @@ from diffdistill.exporting.prompted import write_prompted
 from diffdistill.exporting.write import Report
 from diffdistill.generator import Generator
 from diffdistill.preparing import files
+from diffdistill.preparing.captions import read_captions
 from diffdistill.preparing.certify import Certificate, certify
 from diffdistill.preparing.hearing import Listener
 from diffdistill.preparing.opening import open_pipeline
@@ -45,7 +46,8 @@ def prepare(
     pipeline: str | Path,
     out: str | Path,
     *,
-    prompts: Sequence[str] | str | Path,
+    prompts: Sequence[str] | str | Path = (),
+    images: str | Path | None = None,
     negative: str = "",
     options: Mapping[str, Any] | None = None,
     batch: int = 8,
@@ -58,6 +60,7 @@ def prepare(
     Args:
         pipeline: a stock pipeline's folder, or its name on the hub.
         prompts: a file with one on each line, or the prompts themselves.
+        images: a folder of pictures with captions, which are prompts too; for methods that read real images.
         negative: the negative prompt, for guidance.
         options: arguments of every call of the pipeline, e.g. height and width; they fix the shape of a sample.
         batch: prompts encoded at once.
@@ -66,8 +69,10 @@ def prepare(
         ValueError: no such pipeline, a prompt that does not fit, or a call that is not understood.
     """
     texts = read_texts(prompts) if isinstance(prompts, str | Path) else list(prompts)
+    pictures = read_captions(Path(images)) if images else []
     listener = Listener(open_pipeline(pipeline, dtype=DTYPES[precision], device=device), dict(options or {}), negative)
-    prepare_rows(listener, texts, Path(out), process_of=process_of, batch=batch, shard=shard, progress=True)
+    options = {"process_of": process_of, "batch": batch, "shard": shard, "pictures": pictures}
+    prepare_rows(listener, texts, Path(out), **options, progress=True)
     return Path(out)
 
 

@@ -314,7 +314,7 @@ def _torn_config(folder):
 
 
 def _unknown_class(folder):
-    (folder / "config.json").write_text(json.dumps({"_class_name": "UNet3DConditionModel"}))
+    (folder / "config.json").write_text(json.dumps({"_class_name": "UNet9DModel"}))
 
 
 def _no_weights(folder):
@@ -352,7 +352,7 @@ def _wrong_shape(folder):
 BROKEN = {
     _no_config: "there is no .*config.json",
     _torn_config: "config.json is damaged",
-    _unknown_class: "config.json='UNet3DConditionModel' is not a known network; known are MLP, UNet2DModel",
+    _unknown_class: "config.json='UNet9DModel' is not a known network; known are MLP, UNet2DModel",
     _no_weights: r"no safetensors weights|No such file",
     _pickled: r"pickled ones|No such file",
     _torn_weights: "could not be read",

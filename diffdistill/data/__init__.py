@@ -70,9 +70,10 @@ class Streams:
         return {name: stream.draw(rng.fork(name)) for name, stream in self.streams.items()}
 
 
-def refuse_unfit(batch: Batch, sample_shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def refuse_unfit(batch: Batch, sample_shape: tuple[int, ...], dtype: torch.dtype, *, pictures: bool = True) -> None:
     """Gate 3: refuses a first batch whose samples are not what the network expects.
 
+    pictures: whether images are in [-1, 1]; latents know no bounds.
     Raises:
         ValueError: another shape or dtype, values that are not finite, or images outside [-1, 1] or nearly constant.
     """
@@ -85,7 +86,7 @@ def refuse_unfit(batch: Batch, sample_shape: tuple[int, ...], dtype: torch.dtype
                 f"stream {name} gives {x0.dtype} samples of shape {tuple(x0.shape[1:])}, but the network takes "
                 f"{dtype} of shape {sample_shape}; choose data or network of one shape"
             )
-        images = x0.ndim == 4 and sample.noise is None  # where an ODE ends knows no bounds
+        images = pictures and x0.ndim == 4 and sample.noise is None  # where an ODE ends knows no bounds
         low, high = x0.min().item(), x0.max().item()
         if not x0.isfinite().all():
             raise ValueError(f"stream {name} gives NaN or infinity; look at the data")

@@ -54,7 +54,7 @@ class Certificate:
             return ""
         return (
             f"the config says that the network predicts {self.said.value}, and its outputs look like {best.value}"
-            f"{' (as nothing does, of an untrained one)' if best is Prediction.V else ''}; if so, let teacher.denoiser say prediction {best.value}"
+            f"{' (or untrained)' if best is Prediction.V else ''}; if so, let teacher.denoiser say it"
         )
 
     def __str__(self) -> str:

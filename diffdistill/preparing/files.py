@@ -17,11 +17,16 @@ from torch import Tensor
 from diffdistill.prompts import Call, Prompts
 
 INDEX, SHARED_FILE, NULL_FILE = "prompts.json", "shared.safetensors", "null.safetensors"
+ROWS, LATENTS = "rows-", "latents-"  # begin the names of files, each of so many prompts or pictures
 VERSION = 1
 
 
 def rows_file(number: int) -> str:
-    return f"rows-{number:05d}.safetensors"
+    return f"{ROWS}{number:05d}.safetensors"
+
+
+def latents_file(number: int) -> str:
+    return f"{LATENTS}{number:05d}.safetensors"
 
 
 def write_index(folder: Path, said: Mapping[str, Any]) -> None:
@@ -56,13 +61,30 @@ def read_prompts(folder: Path) -> Prompts:
         ValueError: the folder is not finished, or a file is missing or damaged.
     """
     said = read_index(folder)
-    files = {name: _tensors(folder / name, wanted) for name, wanted in said["files"].items()}
-    shared = files.pop(SHARED_FILE)
-    rows = joined([files[name] for name in sorted(files) if name != NULL_FILE])
-    if NULL_FILE in files:
-        rows = joined([rows, files[NULL_FILE]])
+    parts = [*_named(folder, said, ROWS), *_named(folder, said, NULL_FILE)]
+    (shared,) = _named(folder, said, SHARED_FILE)
+    rows = joined(parts)
     call = Call(**said["call"])
     return Prompts(tuple(said["texts"]), tuple(said["shape"]), call, said["network"], said["meaning"], rows, shared)
+
+
+def read_latents(folder: Path) -> tuple[Tensor, Tensor]:
+    """The pictures in a folder that `diffdistill prepare --images` wrote: x0, float32 (M, *shape), and labels (M,).
+
+    Raises:
+        ValueError: there are none, or as for `read_prompts`.
+    """
+    parts = _named(folder, read_index(folder), LATENTS)
+    if not parts:
+        raise ValueError(f"{folder} holds prompts, and no pictures; make some by diffdistill prepare ... --images")
+    return torch.cat([part["x0"] for part in parts]), torch.cat([part["label"] for part in parts])
+
+
+def _named(folder: Path, said: Mapping[str, Any], beginning: str) -> list[dict[str, Tensor]]:
+    """The files of a finished folder whose names begin so, in order."""
+    return [
+        _tensors(folder / name, wanted) for name, wanted in sorted(said["files"].items()) if name.startswith(beginning)
+    ]
 
 
 def read_index(folder: Path) -> dict[str, Any]:

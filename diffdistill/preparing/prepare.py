@@ -11,8 +11,10 @@ from tqdm import tqdm
 
 from diffdistill.denoiser import CLOCKS
 from diffdistill.preparing import files
+from diffdistill.preparing.captions import read_pictures
 from diffdistill.preparing.hearing import STEPS, Listener, Unheard, branches, call_of, rows_in
 from diffdistill.preparing.opening import meaning_of, network_of, times_of
+from diffdistill.preparing.pictures import Encoder, picture_size
 from diffdistill.process import Process
 from diffdistill.prompts import Call
 
@@ -43,6 +45,7 @@ def prepare(
     process_of: Callable[[Mapping[str, Any]], Process],
     batch: int = 8,
     shard: int = 256,
+    pictures: Sequence[tuple[Path, str]] = (),
     progress: bool = False,
 ) -> None:
     """Write the rows of the prompts, and of the negative prompt, into a folder; interrupted, it goes on.
@@ -50,11 +53,12 @@ def prepare(
     Args:
         texts: prompts; the same text is made once.
         batch: prompts encoded at once.
-        shard: prompts of one file.
+        shard: prompts, or pictures, of one file.
+        pictures: files and their captions, which are prompts too; they go through the pipeline's autoencoder.
     Raises:
         ValueError: a prompt is empty or too long, or the folder was begun with other prompts or another pipeline.
     """
-    wanted = list(dict.fromkeys(texts))
+    wanted = list(dict.fromkeys([*texts, *(caption for _, caption in pictures)]))
     refuse_unfit(listener.pipeline, wanted)
     call, shared, said, shape = heard(listener, process_of)
     about = {
@@ -66,6 +70,7 @@ def prepare(
         "meaning": said,
         "call": files.call_in_words(call),
         "texts": wanted,
+        "images": [file.name for file, _ in pictures],
     }
     _begin(out, about, shard)
     made = {files.SHARED_FILE: files.write_tensors(out / files.SHARED_FILE, shared)}
@@ -82,7 +87,36 @@ def prepare(
             else:
                 bar.update(len(part))
             made[file.name] = files.checksum(file)
+    if pictures:
+        made |= _write_latents(listener, shape, pictures, wanted, out, batch=batch, shard=shard, progress=progress)
     files.write_index(out, {**about, "files": made})
+
+
+def _write_latents(
+    listener: Listener,
+    shape: tuple[int, ...],
+    pictures: Sequence[tuple[Path, str]],
+    texts: Sequence[str],
+    out: Path,
+    *,
+    batch: int,
+    shard: int,
+    progress: bool,
+) -> dict[str, str]:
+    """The files of the pictures' latents and labels, and the checksum of each."""
+    encoder, made = Encoder.of(listener, shape), {}
+    size, labels = picture_size(listener), {text: label for label, text in enumerate(texts)}
+    with tqdm(total=len(pictures), desc="pictures", unit="image", disable=not progress, dynamic_ncols=True) as bar:
+        for number, first in enumerate(range(0, len(pictures), shard)):
+            part, file = pictures[first : first + shard], out / files.latents_file(number)
+            if not file.is_file():
+                groups = [[path for path, _ in part[place : place + batch]] for place in range(0, len(part), batch)]
+                x0 = torch.cat([encoder(read_pictures(group, size)) for group in groups])
+                label = torch.tensor([labels[caption] for _, caption in part])
+                files.write_tensors(file, {"x0": x0, "label": label})
+            made[file.name] = files.checksum(file)
+            bar.update(len(part))
+    return made
 
 
 def refuse_unfit(pipeline: Any, texts: Sequence[str]) -> None:
