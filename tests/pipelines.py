@@ -48,7 +48,7 @@ def t5_tokenizer():
     )
 
 
-def clip(kind: str = "CLIPTextModel", width: int = 32) -> nn.Module:
+def clip(kind: str = "CLIPTextModel", width: int = 32, tokens: int = TOKENS) -> nn.Module:
     import transformers
 
     config = transformers.CLIPTextConfig(
@@ -57,7 +57,7 @@ def clip(kind: str = "CLIPTextModel", width: int = 32) -> nn.Module:
         intermediate_size=40,
         num_attention_heads=4,
         num_hidden_layers=2,
-        max_position_embeddings=TOKENS,
+        max_position_embeddings=tokens,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
@@ -349,6 +349,221 @@ def ltx():
     )
 
 
+def _alphabet(*special: str) -> dict[str, int]:
+    """A byte-level vocabulary: every byte is a token."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return {token: number for number, token in enumerate([*special, *sorted(ByteLevel.alphabet())])}
+
+
+def qwen_tokenizer():
+    from transformers import Qwen2Tokenizer
+
+    made = Qwen2Tokenizer(vocab=_alphabet("<|endoftext|>"), merges=[], model_max_length=512)
+    made.chat_template = "{% for message in messages %}> {{ message['content'] }}{% endfor %}"
+    return made
+
+
+def gemma_tokenizer(kind: str = "GemmaTokenizer"):
+    import transformers
+
+    special = ("<pad>", "<eos>", "<bos>", "<unk>", "<s>", "</s>", "\u2581", *string.ascii_lowercase)
+    numbers = {token: number for number, token in enumerate(special)}
+    made = getattr(transformers, kind)(vocab=numbers, merges=[], model_max_length=512)
+    made.pad_token = "<pad>"
+    return made
+
+
+def language_model(kind: str, vocabulary: int = 300) -> nn.Module:
+    import transformers
+
+    options = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+    }
+    return getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**options)).eval()
+
+
+def sana():
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=32,
+        sample_size=16,
+    ).eval()
+    autoencoder = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        scaling_factor=0.41407,
+    ).eval()
+    return SanaPipeline(
+        tokenizer=gemma_tokenizer(),
+        text_encoder=language_model("Gemma2"),
+        vae=autoencoder,
+        transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=2
+        ),
+    )
+
+
+def lumina2():
+    from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
+
+    transformer = Lumina2Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=24,
+        num_layers=1,
+        num_refiner_layers=1,
+        num_attention_heads=1,
+        num_kv_heads=1,
+        multiple_of=16,
+        axes_dim_rope=(8, 8, 8),
+        axes_lens=(512, 16, 16),
+        cap_feat_dim=32,
+    ).eval()
+    return Lumina2Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=vae(shift_factor=0.1),
+        text_encoder=language_model("Gemma2"),
+        tokenizer=gemma_tokenizer(),
+    )
+
+
+def z_image():
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=32,
+        axes_dims=[4, 6, 6],
+        axes_lens=[512, 16, 16],
+    ).eval()
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(shift_factor=0.1),
+        text_encoder=language_model("Qwen3"),
+        tokenizer=qwen_tokenizer(),
+        transformer=transformer,
+    )
+
+
+def qwen_image():
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 300,
+        "max_position_embeddings": 1024,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
+    }
+    seen = {"depth": 1, "hidden_size": 32, "intermediate_size": 40, "num_heads": 2, "out_hidden_size": 32}
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 6, 6),
+    ).eval()
+    return QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=AutoencoderKLQwenImage(
+            base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False],
+            latents_mean=[0.1, -0.2, 0.3, 0.0],
+            latents_std=[1.5, 2.0, 2.5, 3.0],
+        ).eval(),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=seen)).eval(),
+        tokenizer=qwen_tokenizer(),
+        transformer=transformer,
+    )
+
+
+def hunyuan_video():
+    from diffusers import (
+        AutoencoderKLHunyuanVideo,
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideoPipeline,
+        HunyuanVideoTransformer3DModel,
+    )
+
+    transformer = HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=1,
+        text_embed_dim=32,
+        pooled_projection_dim=32,
+        rope_axes_dim=(2, 2, 4),
+    ).eval()
+    autoencoder = AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        mid_block_add_attention=True,
+    ).eval()
+    return HunyuanVideoPipeline(
+        text_encoder=language_model("Llama"),
+        tokenizer=gemma_tokenizer("LlamaTokenizer"),
+        transformer=transformer,
+        vae=autoencoder,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=clip(tokens=77),
+        tokenizer_2=clip_tokenizer(),
+    )
+
+
 def seeded(make: Callable[[], Any]) -> Any:
     """What `make` makes, always the same."""
     with torch.random.fork_rng():
@@ -365,6 +580,11 @@ PIPELINES: dict[str, Tiny] = {
     "pixart sigma": Tiny(pixart_sigma, SQUARE | SHORT | PLAIN),
     "stable diffusion 3": Tiny(stable_diffusion_3, SQUARE | SHORT),
     "flux": Tiny(flux, SQUARE | SHORT),
+    "sana": Tiny(sana, {"height": 32, "width": 32} | SHORT | PLAIN | {"complex_human_instruction": None}),
+    "lumina 2": Tiny(lumina2, SQUARE | {"max_sequence_length": 32, "cfg_normalization": False, "system_prompt": ""}),
+    "z-image": Tiny(z_image, SQUARE | SHORT),
+    "qwen-image": Tiny(qwen_image, SQUARE | {"max_sequence_length": 400}),
+    "hunyuan video": Tiny(hunyuan_video, {"height": 32, "width": 32, "num_frames": 5} | SHORT),
     "wan": Tiny(wan, {"height": 32, "width": 32, "num_frames": 5} | SHORT),
     "cogvideox": Tiny(cogvideox, {"height": 64, "width": 64, "num_frames": 9} | SHORT),
     "ltx": Tiny(ltx, {"height": 32, "width": 32, "num_frames": 9} | SHORT),

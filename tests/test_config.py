@@ -119,7 +119,7 @@ MISTAKES = {
     "generator.step_rule=hune": "generator.step_rule='hune' must be one of renoise, same_noise, flow_map",
     "generator.denoiser.prediction=noise": "generator.denoiser.prediction='noise' must be one of x0, eps",
     "generator.denoiser.clock=sundial": "generator.denoiser.clock='sundial' must be one of steps, edm",
-    "data.name=imagenet": "data.name='imagenet' must be one of fashion_mnist, folder, none",
+    "data.name=imagenet": "data.name='imagenet' must be one of fashion_mnist, folder, prepared, none",
     "train.precision=fp8": "train.precision='fp8' must be one of fp32, bf16, fp64",
     "trackers=[mlflow]": r"trackers\[0\]='mlflow' must be one of tensorboard, wandb",
     "generator.denoiser=null": "generator.network is given without denoiser",

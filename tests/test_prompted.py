@@ -50,7 +50,7 @@ def reopened(folder, **call):
     said = json.loads((folder / "verify.json").read_text())
     with torch.random.fork_rng(devices=[]):
         return pipeline(
-            TEXTS, **said["call"], **call, generator=torch.manual_seed(3), output_type="latent", return_dict=False
+            list(TEXTS), **said["call"], **call, generator=torch.manual_seed(3), output_type="latent", return_dict=False
         )[0]
 
 

@@ -66,6 +66,8 @@ class Certificate:
         said = ", ".join(f"{reading.value} {error:.2g}" for reading, error in self.readings.items())
         lines.append(f"distance of the outputs from what each meaning would have: {said}")
         lines += [f"warning: {self.warning}"] if self.warning else []
+        if not self.holds and self.differences[1.0] < ROUNDING:
+            lines.append("without guidance the two agree; with it, the pipeline takes another step than u + w (c - u)")
         return "\n".join([*lines, "certified" if self.holds else "NOT the pipeline's own sampling"])
 
 

@@ -16,6 +16,7 @@ CLOSE = 1e-3  # relative, between what a network gave and what its scheduler too
 TIME_SCALES, TIME_SHIFTS = (1.0, -1.0, 1e-3, -1e-3), (0.0, 1.0, 1000.0)
 # Where a pipeline leaves out a mask that would be all true: the argument it belongs to, and its own name.
 MASKS = {"QwenImageTransformer2DModel": ("encoder_hidden_states", "encoder_hidden_states_mask")}
+FROM_CONDITIONAL = ("ZImagePipeline",)  # whose scale w is that of c + w (c - u), where 0 is none
 TRUE_SCALE, SCALE, NEGATIVE = "true_cfg_scale", "guidance_scale", "negative_prompt"
 PLAIN = (type(None), bool, int, float, str)
 
@@ -41,7 +42,7 @@ class Listener:
     @property
     def off(self) -> dict[str, float]:
         """Arguments of a call without guidance; a network that embeds its scale is told that of the options."""
-        return {TRUE_SCALE if TRUE_SCALE in self.takes else SCALE: 1.0}
+        return self._scale(1.0)
 
     def unguided(
         self,
@@ -56,10 +57,15 @@ class Listener:
 
     def guided(self, texts: Sequence[str], scale: float, *, steps: int = 1, first_step_only: bool = True) -> Tape:
         """The tape of a call with guidance."""
-        on = {TRUE_SCALE if TRUE_SCALE in self.takes else SCALE: scale}
+        on: dict[str, Any] = self._scale(scale)
         if NEGATIVE in self.takes:
             on[NEGATIVE] = [self.negative] * len(texts)
         return self._listen(texts, steps, first_step_only, on)
+
+    def _scale(self, scale: float) -> dict[str, float]:
+        """The argument that says w of u + w (c - u)."""
+        theirs = scale - 1 if type(self.pipeline).__name__ in FROM_CONDITIONAL else scale
+        return {TRUE_SCALE if TRUE_SCALE in self.takes else SCALE: theirs}
 
     @property
     def takes(self) -> Mapping[str, inspect.Parameter]:

@@ -110,7 +110,7 @@ class Encoder:
         if latents.shape[1:] != self.shift.shape:
             raise Unheard(
                 f"pictures of {tuple(images.shape[2:])} pixels become latents {tuple(latents.shape[1:])}, and the "
-                f"pipeline decodes {tuple(self.shift.shape)}; give pictures of the height and width it was prepared with"
+                f"pipeline decodes {tuple(self.shift.shape)}; give pictures of the size it was prepared with"
             )
         plain = ((latents.float().cpu() - self.shift) / self.scale).flatten(1)
         return plain[:, self.place].reshape(-1, *self.shape)

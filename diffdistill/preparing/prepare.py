@@ -73,6 +73,7 @@ def prepare(
         "images": [file.name for file, _ in pictures],
     }
     _begin(out, about, shard)
+    refuse_alike(listener, call, wanted)
     made = {files.SHARED_FILE: files.write_tensors(out / files.SHARED_FILE, shared)}
     null = branches(listener, call, wanted[:2] if len(wanted) > 1 else wanted, SCALE)[1]
     if null is not None:
@@ -139,6 +140,22 @@ def refuse_unfit(pipeline: Any, texts: Sequence[str]) -> None:
             raise ValueError(
                 f"prompt {number} has {length} tokens, and the text encoder reads {limit}: {text[:60]!r}...; shorten it"
             )
+
+
+def refuse_alike(listener: Listener, call: Call, texts: Sequence[str]) -> None:
+    """Refuses a call in which prompts make no difference, because they stand behind all that is read.
+
+    Raises:
+        ValueError: naming the first two prompts.
+    """
+    if len(texts) < 2:
+        return
+    (heard,) = listener.unguided(texts[:2]).calls
+    if all(torch.equal(rows[0], rows[1]) for rows in rows_in(call, heard.arguments).values()):
+        raise ValueError(
+            f"the pipeline tells its network the same of {texts[0][:40]!r} and of {texts[1][:40]!r}; let it read "
+            "more of them, e.g. by max_sequence_length"
+        )
 
 
 def _begin(out: Path, about: Mapping[str, Any], shard: int) -> None:
